@@ -1,0 +1,104 @@
+"""EventBus: the durable queue between the triggers and the dispatcher, over kombu.
+
+An event is accepted once `publish` has returned: then the broker has it. It leaves the bus when the handler that
+`consume` gave it to has returned; a handler that raises, or a process that dies, gets it again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis
+import structlog
+from celery import Celery
+from kombu import Consumer, Queue
+from kombu.exceptions import OperationalError
+
+from orchestrator.celery_app import EVENT_QUEUE
+from orchestrator.errors import UnavailableError
+from orchestrator.events import Event
+from orchestrator.settings import mask_url
+
+log = structlog.get_logger(__name__)
+
+_QUEUE = Queue(EVENT_QUEUE, routing_key=EVENT_QUEUE, durable=True)
+_PREFETCH = 64
+_WAIT_S = (0.1, 5.0)
+
+
+class EventBus:
+    """The bus on the broker of an application."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def publish(self, events: Sequence[Event]) -> None:
+        """Put events on the bus; returns when the broker has all of them.
+
+        Raises UnavailableError, and then some of them may be on the bus: a repeat is recognised by source + id.
+        """
+        try:
+            with self._app.producer_pool.acquire(block=True) as producer:
+                producer.maybe_declare(_QUEUE)
+                with producer.batch():
+                    for event in events:
+                        producer.publish(
+                            event.to_json(), serializer="json", exchange="", routing_key=EVENT_QUEUE, delivery_mode=2
+                        )
+        except (
+            OperationalError,
+            OSError,
+            redis.RedisError,
+            *self._app.connection_for_write().connection_errors,
+        ) as exc:
+            raise UnavailableError(f"the broker at {self._where()} cannot take events: {exc}; start it") from exc
+
+    def consume(self, handle: Callable[[object, bytes], None], stop: threading.Event) -> None:
+        """Give each message, as (decoded body, raw bytes), to `handle` until `stop` is set; blocks.
+
+        The body is None where it is not JSON. A broker that is away is waited for, with one log line per change.
+        """
+        wait_s, is_away = _WAIT_S[0], False
+
+        def receive(message: Any) -> None:
+            try:
+                body = message.decode() if message.content_type == "application/json" else None
+            except Exception:  # noqa: BLE001 -- whatever a decoder raises, the bytes are what is handed on
+                body = None
+            raw = message.body if isinstance(message.body, bytes) else str(message.body).encode()
+            handle(body, raw)
+            message.ack()
+
+        while not stop.is_set():
+            try:
+                with self._app.connection_for_read() as connection:
+                    connection.ensure_connection(max_retries=1, timeout=2)
+                    consumer = Consumer(
+                        connection.channel(), [_QUEUE], on_message=receive, prefetch_count=_PREFETCH, accept=["json"]
+                    )
+                    with consumer:
+                        if is_away:
+                            log.info("bus_is_back", broker=self._where())
+                        wait_s, is_away = _WAIT_S[0], False
+                        while not stop.is_set():
+                            try:
+                                connection.drain_events(timeout=0.5)
+                            except TimeoutError:
+                                connection.heartbeat_check()
+            except Exception as exc:  # noqa: BLE001 -- this loop owns the thread: it outlives any fault of the broker
+                if not is_away:
+                    log.warning("bus_is_away", broker=self._where(), error=f"{type(exc).__name__}: {exc}")
+                is_away = True
+                stop.wait(wait_s)
+                wait_s = min(wait_s * 2, _WAIT_S[1])
+
+    def _where(self) -> str:
+        return mask_url(self._app.conf.broker_url)
+
+
+def now_ms() -> int:
+    """Return the time as ms since the epoch."""
+    return time.time_ns() // 1_000_000

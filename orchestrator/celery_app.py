@@ -1,0 +1,59 @@
+"""The Celery application: how messages are sent and taken. There is no result backend; the ledger keeps outcomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from kombu import Queue
+
+from orchestrator.settings import Settings
+
+#: The one task that every message names.
+STEP_TASK = "orchestrator.step"
+#: The queue on which events travel from the triggers to the dispatcher.
+EVENT_QUEUE = "orchestrator.events"
+
+PRIORITIES = ("high", "normal", "low")
+#: A message that was taken and not acknowledged for this long is delivered again. The ledger's leases, not this, keep
+#: a step from running twice: a repeat of a step in work is acknowledged and dropped.
+VISIBILITY_TIMEOUT_S = 10
+
+
+def queue_name(pool: str, priority: str = "normal") -> str:
+    """Return the queue of a pool's messages of one priority (high, normal, low)."""
+    return f"orchestrator.{pool}.{priority}"
+
+
+def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
+    """Return a Celery application on the broker of `settings`; with `pool`, one whose workers take its steps."""
+    app = Celery("orchestrator", broker=settings.broker_url, set_as_current=False)
+    options: dict[str, Any] = {}
+    if settings.broker_url.startswith(("redis", "unix", "valkey")):
+        options = {
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "unacked_restore_interval": 2,
+            "unacked_restore_throttle": 1,
+            "queue_order_strategy": "priority",
+            "priority_steps": [0],
+            "socket_keepalive": True,
+        }
+    app.conf.update(
+        broker_transport_options=options,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_serializer="json",
+        accept_content=["json"],
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_ignore_result=True,
+        task_send_sent_event=False,
+        worker_prefetch_multiplier=2,
+        worker_send_task_events=False,
+        worker_enable_remote_control=False,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_queues=[Queue(queue_name(pool, p), routing_key=queue_name(pool, p)) for p in PRIORITIES] if pool else None,
+    )
+    return app

@@ -1,0 +1,72 @@
+"""Where a command finds its project, settings and servers."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.embedded import EmbeddedServer
+from orchestrator.errors import UnavailableError
+from orchestrator.project import Project, find_project, load_in_subprocess
+from orchestrator.settings import Settings
+
+ProjectOption = Annotated[
+    Path | None, typer.Option("--project", help="The project's directory; else the nearest one upwards.")
+]
+DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Where state is kept (default: .orchestrator).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, help="How many at most.")]
+AfterOption = Annotated[str | None, typer.Option("--after", help="The cursor `next` of the page before.")]
+
+
+def settings_of(project: Path | None, data_dir: Path | None = None, **flags: Any) -> Settings:
+    """Return the settings of the project that was named, else of the nearest one upwards."""
+    root = project.resolve() if project is not None else find_project(Path.cwd())
+    if not root.is_dir():
+        raise UnavailableError(f"{root} is not a directory; give the project's directory with --project")
+    return Settings.load(root, data_dir=data_dir.absolute() if data_dir else None, **flags)
+
+
+def load(settings: Settings) -> Project:
+    """Load the definitions of a project, in a process of their own."""
+    return load_in_subprocess(settings.project, pools=settings.declared_pools)
+
+
+def with_servers(settings: Settings) -> Settings:
+    """Fill in the URLs of the embedded server of a data directory, where no others are set.
+
+    Raises UnavailableError if there never was one.
+    """
+    if not settings.is_embedded:
+        return settings
+    url = EmbeddedServer.url_of(settings.data_dir)
+    if url is None:
+        raise UnavailableError(
+            f"nothing has been started in {settings.data_dir}; run `orchestrator up --project {settings.project}`, "
+            "or set broker_url"
+        )
+    return settings.evolve(broker_url=url, ledger_url=url)
+
+
+@contextmanager
+def engine_of(settings: Settings) -> Any:
+    """Give an Engine on servers that answer; raises UnavailableError, in one line, if they do not."""
+    from orchestrator.engine import Engine
+
+    connected = with_servers(settings)
+    engine = Engine(connected, patience_s=0.0)
+    if not engine.ledger.is_up():
+        where = connected.ledger_url.rpartition("@")[2].removeprefix("redis://")
+        hint = (
+            f"run `orchestrator up --project {settings.project}`"
+            if settings.is_embedded
+            else "start it, or set ledger_url"
+        )
+        raise UnavailableError(f"the ledger at redis://{where} does not answer; {hint}")
+    try:
+        yield engine
+    finally:
+        engine.close()

@@ -1,0 +1,558 @@
+"""The commands. What takes time to import is imported where it is used, so that every command answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.access import (
+    AfterOption,
+    DataDirOption,
+    JsonOption,
+    LimitOption,
+    ProjectOption,
+    engine_of,
+    load,
+    settings_of,
+    with_servers,
+)
+from orchestrator.cli.output import duration, one_line, print_json, print_table
+from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError
+from orchestrator.workflows import Workflow, unknown
+
+app = typer.Typer(
+    name="orchestrator",
+    help="An event-driven, serverless workflow orchestrator on message queues.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+runs = typer.Typer(help="Look at runs.", no_args_is_help=True)
+events = typer.Typer(help="Look at events, and emit your own.", no_args_is_help=True)
+workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
+app.add_typer(runs, name="runs")
+app.add_typer(events, name="events")
+app.add_typer(workflows, name="workflows")
+
+
+# Definitions
+
+
+@app.command()
+def init(directory: Path) -> None:
+    """Make a small project that runs as it is."""
+    from orchestrator.cli.scaffold import make_project
+
+    make_project(directory)
+    print(f"made {directory}; now run: orchestrator up --project {directory}")
+
+
+@app.command()
+def validate(project: ProjectOption = None, as_json: JsonOption = False) -> int:
+    """Check every definition; print every fault as file:line: field: what is wrong. Exit code 1 if there is one."""
+    settings = settings_of(project)
+    loaded = load(settings)
+    if as_json:
+        faults = [{"file": f.file, "line": f.line, "field": f.field, "message": f.message} for f in loaded.faults]
+        print_json({"ok": not faults, "faults": faults, "workflows": sorted(loaded.workflows)})
+        return 1 if faults else 0
+    for fault in loaded.faults:
+        print(fault)
+    if not loaded.faults:
+        print(f"{len(loaded.workflows)} workflow(s), no faults: {', '.join(sorted(loaded.workflows))}")
+    return 1 if loaded.faults else 0
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of workflow files, for editors."""
+    from orchestrator.definitions import json_schema
+
+    print_json(json_schema())
+
+
+@app.command()
+def graph(
+    name: str,
+    project: ProjectOption = None,
+    form: Annotated[str, typer.Option("--format", help="tree, mermaid or dot.")] = "tree",
+) -> None:
+    """Draw a workflow."""
+    from orchestrator import drawing
+    from orchestrator.plan import Plan
+
+    forms = {"tree": drawing.tree, "mermaid": drawing.mermaid, "dot": drawing.dot}
+    if form not in forms:
+        raise InputError(f"--format: {unknown('format', form, forms)}; there are {', '.join(forms)}")
+    print(forms[form](Plan.of(_defined(project, name))))
+
+
+@app.command()
+def build(name: str, project: ProjectOption = None) -> None:
+    """Print the Celery canvases that a run of a workflow publishes."""
+    from orchestrator import canvas
+    from orchestrator.celery_app import make_app
+    from orchestrator.plan import Plan
+
+    plan = Plan.of(_defined(project, name))
+    celery = make_app(settings_of(project))
+    for when, built in canvas.build(celery, plan):
+        print(f"# {when}\n{built!r}\n")
+
+
+def _defined(project: Path | None, name: str) -> Workflow:
+    loaded = load(settings_of(project))
+    found = loaded.workflows.get(name)
+    if found is not None:
+        return found
+    if loaded.faults:
+        raise DefinitionError(loaded.faults)
+    raise NotFoundError(f"{unknown('workflow', name, loaded.workflows)} (there are: {', '.join(loaded.workflows)})")
+
+
+@workflows.command("list")
+def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -> None:
+    """List the workflows of the project."""
+    loaded = load(settings_of(project))
+    if loaded.faults:
+        raise DefinitionError(loaded.faults)
+    items = [workflow.to_json() for workflow in loaded.workflows.values()]
+    if as_json:
+        print_json({"items": items, "next": None})
+        return
+    rows = [
+        (w.name, len(w.steps), ", ".join(type(on).__name__.removeprefix("On").lower() for on in w.on), w.description)
+        for w in loaded.workflows.values()
+    ]
+    print_table(["workflow", "steps", "on", "description"], rows)
+
+
+# Running
+
+
+@app.command()
+def up(
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    host: Annotated[str | None, typer.Option(help="Address of the embedded server.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the embedded server; else a free one, and then always it.")
+    ] = None,
+) -> int:
+    """Run everything on this machine: the embedded server, the control process and a worker for each pool."""
+    from orchestrator.cli.up import Up
+
+    settings = settings_of(project, data_dir, host=host, port=port)
+    return Up(settings).run()
+
+
+@app.command(hidden=True)
+def control(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
+    """Run dispatcher, rescuer and triggers in one process, as `up` does."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir)), is_part_of_up=True).run()
+
+
+@app.command()
+def dispatcher(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
+    """Run the dispatcher and the rescuer, in production."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir)), has_triggers=False).run()
+
+
+@app.command()
+def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
+    """Run the triggers, in production."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir)), has_dispatcher=False).run()
+
+
+@app.command()
+def worker(
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    pool: Annotated[str, typer.Option(help="The pool whose steps it takes.")] = "default",
+    concurrency: Annotated[int | None, typer.Option(min=1, help="How many steps at a time.")] = None,
+    part_of_up: Annotated[bool, typer.Option("--part-of-up", hidden=True)] = False,
+) -> int:
+    """Run a worker of one pool, in production."""
+    from orchestrator.telemetry import configure_logging
+    from workers.worker import run_worker
+
+    configure_logging()
+    settings = with_servers(settings_of(project, data_dir))
+    return run_worker(settings, pool, concurrency=concurrency, die_with_parent=part_of_up)
+
+
+@app.command()
+def demo(keep: Annotated[bool, typer.Option(help="Keep the temporary directory.")] = False) -> int:
+    """Run the examples in a temporary directory and show what happens. Exit code 0 only if all went as it should."""
+    from orchestrator.cli.demo import run_demo
+
+    return run_demo(keep=keep)
+
+
+@app.command()
+def run(
+    name: str,
+    text: Annotated[str | None, typer.Option("--input", help="The input as JSON, or @FILE.")] = None,
+    key: Annotated[str | None, typer.Option(help="The same key never starts the workflow twice.")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the end; the exit code is 0 if the run succeeded.")
+    ] = False,
+    timeout: Annotated[str, typer.Option(help="How long to wait, as 60s or 5m.")] = "1h",
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Start a workflow by hand."""
+    from orchestrator.bus import EventBus
+    from orchestrator.definitions import parse_duration
+    from orchestrator.dispatcher import manual_event
+    from orchestrator.runs import run_id
+
+    given = _read_input(text)
+    seconds = parse_duration(timeout).total_seconds()
+    settings = settings_of(project, data_dir)
+    with engine_of(settings) as engine:
+        known = engine.ledger.workflows()
+        if name not in known:
+            raise NotFoundError(f"{unknown('workflow', name, known)} (in force: {', '.join(known) or 'none'})")
+        event = manual_event(name, given, event_id=key or str(uuid.uuid4()))
+        # Checked here for the one who types it; the dispatcher checks it again.
+        Workflow.from_json(known[name]["workflow"]).resolve_params(given, event.to_json())
+        EventBus(engine.app).publish([event])
+        run_key = run_id(name, event.source, event.id)
+        if not wait:
+            if as_json:
+                print_json({"id": run_key, "workflow": name, "event_id": event.id})
+            else:
+                print(run_key)
+            return 0
+        return _wait(engine, run_key, seconds, as_json=as_json)
+
+
+def _read_input(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        content = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
+        given = json.loads(content)
+    except OSError as exc:
+        raise InputError(f"--input {text}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise InputError(f"--input is not JSON: {exc}") from exc
+    if not isinstance(given, dict):
+        raise InputError(f"--input must be a JSON object with the workflow's params, not {type(given).__name__}")
+    return given
+
+
+def _wait(engine: Any, run_id: str, seconds: float, *, as_json: bool) -> int:
+    """Wait for the end of a run, print it, and return the exit code by its state."""
+    from orchestrator.ledger import keys
+    from orchestrator.ledger.queries import Queries
+    from orchestrator.runs import RunState
+
+    until = time.monotonic() + seconds
+    ended = {str(state) for state in RunState if state.is_end}
+    with engine.ledger.client.pubsub(ignore_subscribe_messages=True) as listener:
+        listener.subscribe(keys.RUN_ENDED)
+        while engine.ledger.outcome(run_id)[0] not in ended:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise UnavailableError(f"run {run_id} has not ended within {seconds:g} s; it goes on")
+            # Any end wakes us; the second is for one that was told before we listened.
+            listener.get_message(timeout=min(left, 1.0))
+    found = Queries(engine.ledger, engine.payloads).run(run_id)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_run(found)
+    return 0 if found.state is RunState.SUCCEEDED else 1
+
+
+def _print_run(found: Any) -> None:
+    print(
+        f"run {found.id} of {found.workflow}: {found.state} ({duration(found.created_at, found.finished_at) or '...'})"
+    )
+    if found.error:
+        where = f" in step {found.error['step']}" if found.error.get("step") else ""
+        print(f"error{where}: {found.error['type']}: {found.error['message']}")
+    rows = [
+        (
+            step.id,
+            str(step.state),
+            step.attempts or "",
+            duration(step.started_at, step.finished_at),
+            ", ".join(f"{count} {state}" for state, count in sorted(step.items.items())) if step.items else "",
+            f"{step.error['type']}: {step.error['message']}" if step.error else "",
+        )
+        for step in found.steps
+    ]
+    print_table(["step", "state", "attempts", "took", "items", "error"], rows)
+    if found.output is not None:
+        print(f"output: {one_line(found.output, 400)}")
+
+
+# Runs
+
+
+@runs.command("list")
+def runs_list(
+    workflow: Annotated[str | None, typer.Option(help="Only runs of this workflow.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only runs in this state.")] = None,
+    limit: LimitOption = 50,
+    after: AfterOption = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs, newest first."""
+    from orchestrator.ledger.queries import Queries
+    from orchestrator.runs import RunState
+
+    if state is not None and state not in list(RunState):
+        raise InputError(f"--state: {unknown('state', state, list(RunState))}; there are {', '.join(RunState)}")
+    with engine_of(settings_of(project, data_dir)) as engine:
+        found, cursor = Queries(engine.ledger, engine.payloads).runs(
+            limit=limit, after=after, workflow=workflow, state=state
+        )
+    if as_json:
+        print_json({"items": [one.to_json() for one in found], "next": cursor})
+        return
+    rows = [
+        (one.id, one.workflow, str(one.state), one.created_at, duration(one.created_at, one.finished_at))
+        for one in found
+    ]
+    print_table(["run", "workflow", "state", "created", "took"], rows)
+    if cursor:
+        print(f"more: --after {cursor}")
+
+
+@runs.command("show")
+def runs_show(
+    run_id: str,
+    step: Annotated[str | None, typer.Option(help="Show this step; of a fan-out, its items.")] = None,
+    limit: LimitOption = 50,
+    after: AfterOption = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a run with its steps, or a step with its items."""
+    from orchestrator.ledger.queries import Queries
+
+    with engine_of(settings_of(project, data_dir)) as engine:
+        queries = Queries(engine.ledger, engine.payloads)
+        if step is None:
+            found = queries.run(run_id)
+            if as_json:
+                print_json(found.to_json())
+            else:
+                _print_run(found)
+            return
+        one = queries.step(run_id, step)
+        items, cursor = queries.items(run_id, step, limit=limit, after=after) if one.items is not None else ([], None)
+    if as_json:
+        print_json(
+            one.to_json() if one.items is None else {"items": [item.to_json() for item in items], "next": cursor}
+        )
+        return
+    if one.items is None:
+        print_table(["step", "state", "output"], [(one.id, str(one.state), one_line(one.output))])
+        if one.error:
+            print(one.error.get("traceback") or f"{one.error['type']}: {one.error['message']}")
+        return
+    rows = [
+        (item.index, str(item.state), duration(item.started_at, item.finished_at), one_line(item.output),
+         f"{item.error['type']}: {item.error['message']}" if item.error else "")
+        for item in items
+    ]  # fmt: skip
+    print_table(["item", "state", "took", "output", "error"], rows)
+    if cursor:
+        print(f"more: --after {cursor}")
+
+
+@runs.command("wait")
+def runs_wait(
+    run_id: str,
+    timeout: Annotated[str, typer.Option(help="How long to wait, as 60s or 5m.")] = "1h",
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Wait for the end of a run and exit with 0 if it succeeded."""
+    from orchestrator.definitions import parse_duration
+
+    seconds = parse_duration(timeout).total_seconds()
+    with engine_of(settings_of(project, data_dir)) as engine:
+        engine.ledger.plan_of(run_id)
+        return _wait(engine, run_id, seconds, as_json=as_json)
+
+
+@runs.command("logs")
+def runs_logs(
+    run_id: str,
+    step: Annotated[str | None, typer.Option(help="Only this step.")] = None,
+    index: Annotated[int | None, typer.Option(help="Only this item of the step.")] = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the steps of a run printed and logged, and the tracebacks of those that failed."""
+    from orchestrator.ledger.queries import Queries
+
+    with engine_of(settings_of(project, data_dir)) as engine:
+        queries = Queries(engine.ledger, engine.payloads)
+        found = queries.logs(run_id, step, index)
+        failures = [one for one in queries.run(run_id).steps if one.error and (step is None or one.id == step)]
+    if as_json:
+        entries = []
+        for slot, attempt, text in found:
+            name, _, item = slot.partition("/")
+            entries.append({"step": name, "index": int(item) if item else None, "attempt": attempt, "text": text})
+        print_json({"items": entries, "next": None})
+        return
+    for slot, attempt, text in found:
+        for line in text.splitlines():
+            print(f"{slot} #{attempt} | {line}")
+    for one in failures:
+        assert one.error is not None
+        place = one.id if one.error.get("index") is None else f"{one.id}/{one.error['index']}"
+        for line in (one.error.get("traceback") or f"{one.error['type']}: {one.error['message']}").splitlines():
+            print(f"{place} #{one.attempts} ! {line}")
+
+
+# Events
+
+
+@events.command("list")
+def events_list(
+    limit: LimitOption = 50,
+    after: AfterOption = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List events, newest first, with what came of them."""
+    from orchestrator.ledger.queries import Queries
+
+    with engine_of(settings_of(project, data_dir)) as engine:
+        found, cursor = Queries(engine.ledger, engine.payloads).events(limit=limit, after=after)
+    if as_json:
+        print_json({"items": found, "next": cursor})
+        return
+    rows = [
+        (
+            one["accepted_at"],
+            one["event"]["type"],
+            one["event"].get("subject", ""),
+            "; ".join(
+                f"{name}: {verdict}" for name, verdict in one["verdicts"].items() if verdict.startswith("started")
+            ),
+            one["event"]["id"],
+        )
+        for one in found
+    ]
+    print_table(["accepted", "type", "subject", "started", "id"], rows)
+    if cursor:
+        print(f"more: --after {cursor}")
+
+
+@events.command("show")
+def events_show(
+    event_id: str, project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Show an event and the verdict of every workflow on it."""
+    from orchestrator.ledger.queries import Queries
+
+    with engine_of(settings_of(project, data_dir)) as engine:
+        found = Queries(engine.ledger, engine.payloads).event(event_id)
+    if as_json:
+        print_json(found)
+        return
+    print_json(found["event"])
+    print_table(["workflow", "verdict"], found["verdicts"].items())
+
+
+@events.command("emit")
+def events_emit(
+    type_: Annotated[str, typer.Option("--type", help="What happened, as shop.order.placed.")],
+    source: Annotated[str, typer.Option(help="Who says so.")] = "orchestrator:emit",
+    data: Annotated[str | None, typer.Option(help="The data as JSON, or @FILE.")] = None,
+    subject: Annotated[str | None, typer.Option(help="What it happened to.")] = None,
+    event_id: Annotated[str | None, typer.Option("--id", help="Identity within the source; else a new one.")] = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put an event of your own on the bus."""
+    from orchestrator.bus import EventBus
+    from orchestrator.events import Event
+
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    given = None
+    if data is not None:
+        try:
+            given = json.loads(Path(data[1:]).read_text(encoding="utf-8") if data.startswith("@") else data)
+        except OSError as exc:
+            raise InputError(f"--data {data}: {exc.strerror}") from exc
+        except ValueError as exc:
+            raise InputError(f"--data is not JSON: {exc}") from exc
+    event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
+    with engine_of(settings_of(project, data_dir)) as engine:
+        EventBus(engine.app).publish([event])
+    if as_json:
+        print_json(event.to_json())
+    else:
+        print(event.id)
+
+
+@app.command()
+def doctor(
+    secrets: Annotated[bool, typer.Option("--secrets", help="Show passwords.")] = False,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Check that definitions, servers and directories are in order. Exit code 1 if something is not."""
+    from orchestrator.cli.doctor import examine
+
+    report = examine(settings_of(project, data_dir), show_secrets=secrets)
+    if as_json:
+        print_json(report)
+    else:
+        for name in ("broker_url", "ledger_url", "blobs_url"):
+            print(f"{name}: {report[name]}")
+        print_table(
+            ["check", "ok", "detail"],
+            [(check["name"], "yes" if check["ok"] else "NO", check["detail"]) for check in report["checks"]],
+        )
+    return 0 if report["ok"] else 1
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        sys.stdout.write(version("orchestrator") + "\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

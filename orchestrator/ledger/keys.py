@@ -1,0 +1,79 @@
+"""The key layout of the ledger, the only place where it is written down.
+
+All keys of a run carry the run's id as hash tag, so that one script can work on them on a Redis Cluster too. They
+live as long as the run is in flight and get a TTL (`retention`) when it ends. The rest is listed below.
+
+Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fan-out:
+
+| key | field | value |
+|---|---|---|
+| run | workflow state episode plan event event_id input output error parent left fence bad | |
+| | created_at started_at finished_at | ms since the epoch |
+| graph | step | [pool, rule, upstreams, [downstream], [read], flags] (plan.py) |
+| states | slot | state |
+| | u:step f:step k:step | upstream steps ended, failed, skipped |
+| | n:step d:step b:step c:step | items in all, ended, failed, handed out (`max_parallel`) |
+| | w:slot | id of the nested run that is waited for |
+| units | unit | fence:k:hi; a unit is a link (`step`) or a header part (`step/lo-hi`); its item and end |
+| leases | unit | (sorted set) when the lease runs out, ms |
+| outbox | unit, or ^parent | (sorted set) since when it waits to be published, ms |
+| outputs | slot | payload (payloads.py) |
+| attempts | slot@attempt | JSON: worker, code, started_at, fence, finished_at, state, error |
+| | slot#a slot#l | attempts beyond the first, losses |
+| items | per:step, step:chunk | items per chunk, payload of a chunk: the list that `foreach` gave |
+| logs | slot@attempt | captured text |
+"""
+
+from __future__ import annotations
+
+PREFIX = "orchestrator"
+
+#: The keys of one run, in the order in which they are given to the script as KEYS.
+RUN_KEYS = ("run", "graph", "states", "units", "leases", "outbox", "outputs", "attempts", "items", "logs")
+
+#: Run ids by creation time, ms; permanent, trimmed with the retention.
+RUNS = f"{PREFIX}:runs"
+#: Runs in flight by creation time; permanent; what the rescuer looks at.
+ACTIVE = f"{PREFIX}:active"
+#: Workflow name -> plan hash and definition in force, as JSON; permanent.
+WORKFLOWS = f"{PREFIX}:workflows"
+#: Events by time of acceptance, ms; permanent, trimmed with the retention.
+EVENTS = f"{PREFIX}:events"
+#: Messages on the bus that were no events; permanent.
+SET_ASIDE = f"{PREFIX}:set-aside"
+#: Channel on which the end of each run is told.
+RUN_ENDED = f"{PREFIX}:run-ended"
+
+#: Every key that has no TTL although no run is in flight.
+PERMANENT = (RUNS, ACTIVE, WORKFLOWS, EVENTS, SET_ASIDE, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*")
+
+
+def run_keys(run: str) -> list[str]:
+    """Return the keys of a run in the order of RUN_KEYS."""
+    base = f"{PREFIX}:{{{run}}}:"
+    return [base + name for name in RUN_KEYS]
+
+
+def run_key(run: str, name: str) -> str:
+    """Return one key of a run; `name` is one of RUN_KEYS."""
+    return f"{PREFIX}:{{{run}}}:{name}"
+
+
+def plan_key(plan: str) -> str:
+    """Key of a plan's text; permanent, a few KB for each version of a workflow."""
+    return f"{PREFIX}:plan:{plan}"
+
+
+def seen_key(event_key: str) -> str:
+    """Key that says an event was dealt with; TTL is the dedupe window."""
+    return f"{PREFIX}:seen:{event_key}"
+
+
+def event_key(event_key: str) -> str:
+    """Key of an event and of the verdict of each workflow on it; TTL is the retention of events."""
+    return f"{PREFIX}:event:{event_key}"
+
+
+def marks_key(source: str) -> str:
+    """Hash path -> identity of the files that a watch has handled; permanent, each field lives as long as its file."""
+    return f"{PREFIX}:marks:{source}"

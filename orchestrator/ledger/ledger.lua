@@ -1,0 +1,454 @@
+-- Every atomic verb on the state of one run. KEYS are those of keys.RUN_KEYS, in that order; ARGV[1] is the verb.
+-- The server's clock is the only clock. Nothing here loops over more than the run itself.
+--
+-- A unit is what a message carries: a link ("step") or a header part of a fan-out ("step/lo-hi"). A slot is what is
+-- recorded: a step ("step") or an item of a fan-out ("step/index").
+
+local RUN, GRAPH, STATES, UNITS, LEASES, OUTBOX, OUTPUTS, ATTEMPTS, ITEMS, LOGS =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local END = '$end'
+local ENDED = { succeeded = true, failed = true, skipped = true, upstream_failed = true, cancelled = true }
+
+local call = redis.call
+local time = call('TIME')
+local NOW = time[1] * 1000 + math.floor(time[2] / 1000)
+local function int(n) return string.format('%d', n) end
+local NOW_S = int(NOW)
+
+local rows = {}
+local function graph(step) -- [pool, rule, upstreams, [downstream], [read], flags]
+  local row = rows[step]
+  if not row then
+    row = cjson.decode(call('HGET', GRAPH, step))
+    rows[step] = row
+  end
+  return row
+end
+
+local function split(unit) -- "step/lo-hi" -> step, lo, hi; "step" -> step
+  local step, lo, hi = string.match(unit, '^(.-)/(%d+)-(%d+)$')
+  if step then return step, tonumber(lo), tonumber(hi) end
+  return unit
+end
+
+local function held(unit) -- fence, k, hi of a unit that was begun
+  local text = call('HGET', UNITS, unit)
+  if not text then return nil end
+  local fence, k, hi = string.match(text, '^(%d+):(%d+):(%d+)$')
+  return tonumber(fence), tonumber(k), tonumber(hi)
+end
+
+local function hold(unit, fence, k, hi) call('HSET', UNITS, unit, int(fence) .. ':' .. int(k) .. ':' .. int(hi)) end
+
+-- Joins ---------------------------------------------------------------------------------------------------------
+
+local function decide(step, ready) -- returns the state that a join settles in without running, if it does
+  if call('HGET', STATES, step) then return nil end -- queued or ended already
+  local row = graph(step)
+  local rule, ended = row[2], row[3]
+  local counts = call('HMGET', STATES, 'u:' .. step, 'f:' .. step, 'k:' .. step)
+  ended = tonumber(counts[1] or 0) >= ended
+  local failed, skipped = tonumber(counts[2] or 0), tonumber(counts[3] or 0)
+  if rule == 'one_failed' then
+    if failed == 0 then return ended and 'skipped' or nil end
+  elseif not ended then
+    return nil
+  elseif rule ~= 'all_done' then
+    if failed > 0 then return 'upstream_failed' end
+    if skipped > 0 and rule == 'all_success' then return 'skipped' end
+  end
+  call('HSET', STATES, step, 'queued')
+  ready[#ready + 1] = step
+end
+
+local function settle(step, state, ready) -- a step has ended: tell the joins below, and below those that do not run
+  local stack = { { step, state } }
+  while #stack > 0 do
+    local settled = table.remove(stack)
+    step, state = settled[1], settled[2]
+    call('HSET', STATES, step, state)
+    if state == 'failed' then call('HSET', RUN, 'bad', '1') end
+    for _, below in ipairs(graph(step)[4]) do
+      call('HINCRBY', STATES, 'u:' .. below, 1)
+      if state == 'failed' or state == 'upstream_failed' then
+        call('HINCRBY', STATES, 'f:' .. below, 1)
+      elseif state == 'skipped' then
+        call('HINCRBY', STATES, 'k:' .. below, 1)
+      end
+      local undone = decide(below, ready)
+      if undone then stack[#stack + 1] = { below, undone } end
+    end
+    if call('HINCRBY', RUN, 'left', -1) == 0 then
+      call('HSET', STATES, END, 'queued')
+      ready[#ready + 1] = END
+    end
+  end
+end
+
+local function close_record(slot, state, tail) -- tail: JSON members, "" or ',"error":{...}'
+  local attempt = 1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0)
+  local field = slot .. '@' .. attempt
+  local record = call('HGET', ATTEMPTS, field) or '{"fence":0}'
+  call('HSET', ATTEMPTS, field,
+    string.sub(record, 1, -2) .. ',"finished_at":' .. NOW_S .. ',"state":"' .. state .. '"' .. tail .. '}')
+end
+
+local function end_item(step, index, state, ready)
+  call('HSET', STATES, step .. '/' .. index, state)
+  local bad = 0
+  if state == 'failed' then bad = call('HINCRBY', STATES, 'b:' .. step, 1) end
+  local counts = call('HMGET', STATES, 'n:' .. step, 'c:' .. step, 'b:' .. step)
+  local n = tonumber(counts[1])
+  if counts[2] and tonumber(counts[2]) < n then -- max_parallel: one ends, one begins
+    local lo = tonumber(counts[2])
+    call('HINCRBY', STATES, 'c:' .. step, 1)
+    ready[#ready + 1] = step .. '/' .. int(lo) .. '-' .. int(lo + 1)
+  end
+  if call('HINCRBY', STATES, 'd:' .. step, 1) == n then
+    local whole = counts[3] and 'failed' or 'succeeded'
+    close_record(step, whole, '')
+    settle(step, whole, ready)
+  end
+end
+
+-- Begin ---------------------------------------------------------------------------------------------------------
+
+local function many(key, prefix, n) -- HMGET of prefix .. 0 .. n-1; what is absent is ''
+  local values = {}
+  for lo = 0, n - 1, 1000 do
+    local fields = {}
+    for i = lo, math.min(lo + 1000, n) - 1 do fields[#fields + 1] = prefix .. int(i) end
+    for _, value in ipairs(call('HMGET', key, unpack(fields))) do values[#values + 1] = value or '' end
+  end
+  return values
+end
+
+local function last_record(slot)
+  return call('HGET', ATTEMPTS, slot .. '@' .. (1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0))) or ''
+end
+
+local function inputs(step) -- {id, state, payload or list of payloads, [records of failures]} for each step that is read
+  local found = {}
+  for _, id in ipairs(graph(step)[5]) do
+    local state = call('HGET', STATES, id) or 'scheduled'
+    local value, failures = call('HGET', OUTPUTS, id) or '', {}
+    local n = tonumber(call('HGET', STATES, 'n:' .. id))
+    if n then
+      value = many(OUTPUTS, id .. '/', n)
+      if call('HGET', STATES, 'b:' .. id) then
+        for i, one in ipairs(many(STATES, id .. '/', n)) do
+          if one == 'failed' then failures[#failures + 1] = { i - 1, last_record(id .. '/' .. int(i - 1)) } end
+        end
+      end
+    elseif state == 'failed' then
+      failures[1] = { -1, last_record(id) }
+    end
+    found[#found + 1] = { id, state, value, failures }
+  end
+  return found
+end
+
+local function meta()
+  local values = call('HMGET', RUN, 'workflow', 'plan', 'event', 'input', 'created_at', 'episode', 'event_id')
+  for i = 1, 7 do values[i] = values[i] or '' end
+  return values
+end
+
+local function chunk(step, index, known) -- {items per chunk, number of the chunk, payload}; {} if the caller has it
+  local per = tonumber(call('HGET', ITEMS, 'per:' .. step))
+  local number = math.floor(index / per)
+  if known == step .. ':' .. int(number) then return {} end
+  return { per, number, call('HGET', ITEMS, step .. ':' .. int(number)) or '' }
+end
+
+local function final_states() -- {step, state, ...} if a step failed: whether the run did is for the plan to say
+  local found = {}
+  if call('HEXISTS', RUN, 'bad') == 1 then
+    for _, step in ipairs(call('HKEYS', GRAPH)) do
+      found[#found + 1] = step
+      found[#found + 1] = call('HGET', STATES, step) or ''
+    end
+  end
+  return found
+end
+
+-- how: {lease_ms, record, known run, known chunk}. Takes a unit that is ready or was lost, and says what to run.
+local function take(unit, how, with_inputs)
+  local step, lo, hi = split(unit)
+  local fence, k, end_ = held(unit)
+  if lo then
+    k, hi = k or lo, end_ or hi
+    while k < hi and ENDED[call('HGET', STATES, step .. '/' .. int(k)) or ''] do k = k + 1 end
+    if k >= hi then return nil end
+  end
+  fence = call('HINCRBY', RUN, 'fence', 1)
+  hold(unit, fence, k or 0, hi or 0)
+  call('ZADD', LEASES, NOW + how[1], unit)
+  call('ZREM', OUTBOX, unit)
+  local slot = lo and (step .. '/' .. int(k)) or step
+  if not lo and step ~= END then call('HSETNX', RUN, 'started_at', NOW_S) end
+  call('HSET', STATES, slot, 'running')
+  local counts = call('HMGET', ATTEMPTS, slot .. '#a', slot .. '#l')
+  local attempt, losses = 1 + tonumber(counts[1] or 0), tonumber(counts[2] or 0)
+  call('HSET', ATTEMPTS, slot .. '@' .. attempt,
+    how[2] .. ',"fence":' .. int(fence) .. ',"started_at":' .. NOW_S .. '}')
+  if call('HGET', RUN, 'state') == 'queued' then call('HSET', RUN, 'state', 'running') end
+  return {
+    unit, fence, lo and k or -1, attempt, losses, NOW,
+    with_inputs and inputs(step) or {},
+    how[3] == '1' and {} or meta(),
+    lo and chunk(step, k, how[4]) or (step == END and final_states() or {}),
+    lo and tonumber(call('HGET', STATES, 'n:' .. step)) or 0,
+  }
+end
+
+-- After something has ended: go on inline with what this pool may take, leave the rest in the outbox.
+-- inline: the caller's pool, '' to take nothing. Answers {verdict, what to run or {}, units to publish}.
+local function go_on(ready, inline, how, verdict)
+  local taken = {}
+  local publish = {}
+  for _, unit in ipairs(ready) do
+    local pool = graph((split(unit)))[1]
+    if inline ~= '' and #taken == 0 and (pool == inline or pool == '*') then
+      taken = take(unit, how, true) or {}
+    else
+      call('ZADD', OUTBOX, NOW, unit)
+      publish[#publish + 1] = unit
+    end
+  end
+  return { verdict, taken, publish }
+end
+
+local function how_at(i) return { tonumber(ARGV[i]), ARGV[i + 1], ARGV[i + 2], ARGV[i + 3] }, ARGV[i + 4] end
+
+local verbs = {}
+
+-- start: n, then n pairs (graph), m, then m roots, then field/value pairs of the run
+function verbs.start()
+  if call('EXISTS', RUN) == 1 then return { 'exists', call('HGET', RUN, 'state') } end
+  local i = 2
+  local n = tonumber(ARGV[i])
+  for _ = 1, n do
+    call('HSET', GRAPH, ARGV[i + 1], ARGV[i + 2])
+    i = i + 2
+  end
+  i = i + 1
+  for _ = 1, tonumber(ARGV[i]) do
+    i = i + 1
+    call('HSET', STATES, ARGV[i], 'queued')
+    call('ZADD', OUTBOX, NOW, ARGV[i])
+  end
+  call('HSET', RUN, 'created_at', NOW_S, 'episode', '1', 'left', int(n - 1), 'fence', '0', unpack(ARGV, i + 1))
+  return { 'started', 'queued' }
+end
+
+-- begin: lease_ms, record, known run, known chunk, then the units of the message in order
+function verbs.begin()
+  local how = how_at(2)
+  local state = call('HGET', RUN, 'state')
+  if not state then return { 'unknown' } end
+  for i = 6, #ARGV do
+    local unit = ARGV[i]
+    local step, lo = split(unit)
+    local done
+    if lo then
+      done = ENDED[call('HGET', STATES, step) or '']
+    else
+      done = ENDED[call('HGET', STATES, unit) or '']
+    end
+    if not done then
+      if not lo then
+        if not call('HGET', STATES, unit) then return { 'early' } end
+        -- expanded, or waiting for a nested run: others go on with it
+        if call('HEXISTS', STATES, 'n:' .. unit) == 1 or call('HEXISTS', STATES, 'w:' .. unit) == 1 then
+          return { 'done' }
+        end
+      end
+      local lease = call('ZSCORE', LEASES, unit)
+      if lease and tonumber(lease) > NOW then return { 'held' } end
+      local taken = take(unit, how, true)
+      if taken then return { 'go', taken, {} } end
+    end
+  end
+  return { 'done' }
+end
+
+-- complete: unit, fence, index or -1, state, payload, tail, log, lease_ms, record, known run, known chunk, inline
+-- state "waiting": the slot waits for the nested run whose id is the payload.
+function verbs.complete()
+  local unit, fence, index, state, payload, tail, log =
+    ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+  local how, inline = how_at(9)
+  local holder, k, hi = held(unit)
+  if holder ~= fence then return { 'refused' } end
+  local step, lo = split(unit)
+  local slot = lo and (step .. '/' .. int(index)) or step
+  if lo and k ~= index then return { 'done' } end
+  local ready = {}
+  local fresh = not ENDED[call('HGET', STATES, slot) or '']
+  if fresh then
+    if log ~= '' then call('HSET', LOGS, slot .. '@' .. (1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0)), log) end
+    if state == 'waiting' then
+      call('HSET', STATES, 'w:' .. slot, payload)
+    else
+      if payload ~= '' then call('HSET', OUTPUTS, slot, payload) end
+      close_record(slot, state, tail)
+      if lo then end_item(step, index, state, ready) else settle(step, state, ready) end
+    end
+  elseif not lo then
+    return { 'done' }
+  end
+  if not lo then
+    call('ZREM', LEASES, unit)
+    return go_on(ready, inline, how, 'ok')
+  end
+  hold(unit, fence, index + 1, hi)
+  if index + 1 >= hi then
+    call('ZREM', LEASES, unit)
+    return go_on(ready, inline, how, 'ok')
+  end
+  if inline == '' then -- draining: what was not begun goes back as it is
+    call('ZREM', LEASES, unit)
+    ready[#ready + 1] = unit
+    return go_on(ready, '', how, 'ok')
+  end
+  local answer = go_on(ready, '', how, 'ok')
+  answer[2] = take(unit, how, false) or {}
+  if #answer[2] == 0 then call('ZREM', LEASES, unit) end
+  return answer
+end
+
+-- expand: step, fence, count, items per part, max_parallel or 0, items per chunk, lease_ms, record, known run, known
+-- chunk, inline, then the chunks
+function verbs.expand()
+  local step, fence, n, size, parallel, per =
+    ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+  local how, inline = how_at(8)
+  if held(step) ~= fence then return { 'refused' } end
+  if call('HEXISTS', STATES, 'n:' .. step) == 1 then return { 'done' } end
+  call('HSET', STATES, 'n:' .. step, int(n))
+  call('ZREM', LEASES, step)
+  local ready = {}
+  if n == 0 then
+    close_record(step, 'succeeded', '')
+    settle(step, 'succeeded', ready)
+    return go_on(ready, inline, how, 'ok')
+  end
+  call('HSET', ITEMS, 'per:' .. step, per)
+  for i = 13, #ARGV do call('HSET', ITEMS, step .. ':' .. int(i - 13), ARGV[i]) end
+  local last = n
+  if parallel > 0 and parallel < n then
+    last = parallel
+    call('HSET', STATES, 'c:' .. step, int(last))
+  end
+  for lo = 0, last - 1, size do
+    ready[#ready + 1] = step .. '/' .. int(lo) .. '-' .. int(math.min(lo + size, n))
+  end
+  return go_on(ready, inline, how, 'ok')
+end
+
+-- resolve: step, index or -1, id of the nested run, state, payload, tail. The nested run of a slot has ended.
+function verbs.resolve()
+  local step, index, child, state, payload, tail = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+  local slot = index >= 0 and (step .. '/' .. int(index)) or step
+  local now = call('HGET', STATES, slot)
+  if not now or ENDED[now] then return { 'done', {}, {} } end
+  call('HSET', STATES, 'w:' .. slot, child)
+  if payload ~= '' then call('HSET', OUTPUTS, slot, payload) end
+  close_record(slot, state, tail)
+  local ready = {}
+  if index >= 0 then end_item(step, index, state, ready) else settle(step, state, ready) end
+  return go_on(ready, '', {}, 'ok')
+end
+
+-- finish: fence, state, payload, error (JSON or ""), retention_s, channel. Ends the run's episode.
+function verbs.finish()
+  local fence, state, payload, problem, retention, channel = tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+  if held(END) ~= fence then return { 'refused' } end
+  if ENDED[call('HGET', STATES, END) or ''] then return { 'done' } end
+  call('HSET', STATES, END, 'succeeded')
+  call('HSET', RUN, 'state', state, 'finished_at', NOW_S)
+  if payload ~= '' then call('HSET', RUN, 'output', payload) end
+  if problem ~= '' then call('HSET', RUN, 'error', problem) end
+  call('DEL', LEASES)
+  local parent = call('HGET', RUN, 'parent') or ''
+  if parent ~= '' then call('ZADD', OUTBOX, NOW, '^parent') end
+  for _, key in ipairs(KEYS) do call('EXPIRE', key, retention) end
+  call('PUBLISH', channel, cjson.encode({ run = ARGV[8], workflow = call('HGET', RUN, 'workflow'), state = state }))
+  return { 'ok', parent }
+end
+
+-- clear: units. They were published.
+function verbs.clear()
+  for i = 2, #ARGV, 1000 do call('ZREM', OUTBOX, unpack(ARGV, i, math.min(i + 999, #ARGV))) end
+  return call('ZCARD', OUTBOX)
+end
+
+local function lose(unit) -- whoever ran this unit is gone: it is to be published again, and the loss is counted
+  local step, lo = split(unit)
+  local _, k = held(unit)
+  call('ZREM', LEASES, unit)
+  call('ZADD', OUTBOX, NOW, unit)
+  call('HINCRBY', ATTEMPTS, (lo and (step .. '/' .. int(k)) or step) .. '#l', 1)
+end
+
+-- sweep: age_ms. Answers {state, units to publish again, how many of them were lost, rows left in the outbox}.
+function verbs.sweep()
+  local state = call('HGET', RUN, 'state')
+  if not state then return { '', {}, 0, 0 } end
+  local again = call('ZRANGEBYSCORE', OUTBOX, '-inf', NOW - tonumber(ARGV[2]), 'LIMIT', 0, 500)
+  for _, unit in ipairs(again) do call('ZADD', OUTBOX, 'XX', NOW, unit) end
+  local lost = call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 500)
+  for _, unit in ipairs(lost) do
+    lose(unit)
+    again[#again + 1] = unit
+  end
+  return { state, again, #lost, call('ZCARD', OUTBOX) }
+end
+
+-- renew: lease_ms, then pairs (unit, fence). Answers the units that are no longer the caller's.
+function verbs.renew()
+  local gone = {}
+  for i = 3, #ARGV, 2 do
+    local unit = ARGV[i]
+    if held(unit) ~= tonumber(ARGV[i + 1]) then
+      gone[#gone + 1] = unit
+    elseif call('ZSCORE', LEASES, unit) then
+      call('ZADD', LEASES, NOW + tonumber(ARGV[2]), unit)
+    end
+  end
+  return gone
+end
+
+-- abandon: unit, fence. The process that ran it has died. Answers 1 if it is to be published again.
+function verbs.abandon()
+  local unit = ARGV[2]
+  if held(unit) ~= tonumber(ARGV[3]) or not call('ZSCORE', LEASES, unit) then return 0 end
+  lose(unit)
+  return 1
+end
+
+-- give_back: unit, fence, items per part. The items after the one in work go back, as new parts.
+function verbs.give_back()
+  local unit, size = ARGV[2], tonumber(ARGV[4])
+  local fence, k, hi = held(unit)
+  if fence ~= tonumber(ARGV[3]) or k + 1 >= hi then return {} end
+  local step = split(unit)
+  hold(unit, fence, k, k + 1)
+  local publish = {}
+  for lo = k + 1, hi - 1, size do
+    local part = step .. '/' .. int(lo) .. '-' .. int(math.min(lo + size, hi))
+    call('ZADD', OUTBOX, NOW, part)
+    publish[#publish + 1] = part
+  end
+  return publish
+end
+
+-- log: slot@attempt, text. Keeps the captured text, so far, of an attempt that goes on.
+function verbs.log()
+  if call('EXISTS', LEASES) == 0 then return 0 end -- the run has ended meanwhile: leave no key behind
+  call('HSET', LOGS, ARGV[2], ARGV[3])
+  return 1
+end
+
+return verbs[ARGV[1]]()

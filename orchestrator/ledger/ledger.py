@@ -1,0 +1,438 @@
+"""The ledger's verbs: each is one atomic script and one round trip (ledger.lua; the keys are in keys.py).
+
+Who may write what is decided by the *fence*: taking a unit mints a number that is higher than any before in the run;
+a verb that comes with another number than the unit's last is refused. A unit that is taken is held by a *lease*, which
+whoever runs it renews; when it runs out, the rescuer publishes the unit again and the next one to take it wins.
+
+No verb here blocks other than for Redis itself. A server that is away is waited for as long as `patience_s` says;
+then UnavailableError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from orchestrator.errors import NotFoundError, UnavailableError
+from orchestrator.events import Event
+from orchestrator.ledger import keys
+from orchestrator.plan import Plan
+
+#: How long a lease holds without being renewed, and how often whoever runs a unit renews it.
+LEASE_MS = 10_000
+RENEW_S = 2.5
+#: A row that has waited this long in the outbox was left behind by a process that died.
+OUTBOX_AGE_MS = 5_000
+
+
+@lru_cache(maxsize=1)
+def _script() -> tuple[str, str]:
+    text = resources.files("orchestrator.ledger").joinpath("ledger.lua").read_text()
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A unit that this process now runs: a link, or the item `index` of a header part.
+
+    `inputs` has (step id, state, payload or payloads, failures) for each step that is read; it is empty for a further
+    item of the same part. `meta` is (workflow, plan, event, input, created_at, episode, event id), `chunk` (items per
+    chunk, number, payload) the items around `index`; both are empty if the caller said that it knows them. For the end
+    of a run in which a step failed, `chunk` has every step and its state, in turn. `count` is the fan-out's size.
+    """
+
+    unit: str
+    fence: int
+    index: int
+    attempt: int
+    losses: int
+    now_ms: int
+    inputs: list[Any]
+    meta: list[str]
+    chunk: list[Any]
+    count: int
+
+    @property
+    def step(self) -> str:
+        return self.unit.partition("/")[0]
+
+    @property
+    def slot(self) -> str:
+        return self.step if self.index < 0 else f"{self.step}/{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a verb decided.
+
+    `verdict`: `ok`/`go`, `done` (was done before), `held` (somebody runs it), `early`, `refused` (somebody took over),
+    `unknown` (no such run). `taken` is what to run next in this process, `publish` the units that have become ready.
+    """
+
+    verdict: str
+    taken: Taken | None = None
+    publish: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """Who takes a unit and what it knows already (so that it is not sent again).
+
+    `record` is the opening of the attempt's record: JSON without its closing brace.
+    """
+
+    record: str
+    lease_ms: int = LEASE_MS
+    knows_run: bool = False
+    known_chunk: str = ""
+
+    def argv(self) -> tuple[str | int, ...]:
+        return self.lease_ms, self.record, "1" if self.knows_run else "", self.known_chunk
+
+
+def connect(url: str, *, patience_s: float = 0.0, **options: Any) -> Any:
+    """Return a client of the server at `url` that waits up to about `patience_s` for a server that is away.
+
+    (Any: redis-py's types do not know that `decode_responses` makes every answer a str.)
+    """
+    cap, base = 1.0, 0.05
+    retries = max(1, round(patience_s / cap) + 4) if patience_s else 1
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=10,
+        socket_connect_timeout=5,
+        health_check_interval=0,
+        retry=Retry(ExponentialWithJitterBackoff(cap=cap, base=base), retries),
+        retry_on_error=[redis.BusyLoadingError, redis.ConnectionError, redis.TimeoutError],
+        **options,
+    )
+
+
+class Ledger:
+    """The verbs on runs. Safe to share between threads; after a fork each process has its own connections."""
+
+    def __init__(self, client: Any, *, retention_s: int = 30 * 86400) -> None:
+        self.client = client
+        self.retention_s = retention_s
+
+    def _call(self, run: str, *argv: str | int) -> Any:
+        text, sha = _script()
+        run_keys = keys.run_keys(run)
+        try:
+            try:
+                return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
+            except redis.exceptions.NoScriptError:
+                self.client.script_load(text)
+                return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
+        except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError) as exc:
+            raise unavailable(self.client, exc) from exc
+        except redis.ResponseError as exc:
+            if str(exc).startswith(("OOM", "MISCONF", "READONLY", "LOADING")):
+                raise unavailable(self.client, exc) from exc
+            raise
+
+    # Plans and definitions
+
+    def put_plan(self, plan: Plan) -> None:
+        """Store a plan by its hash; idempotent."""
+        self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True)
+
+    def plan(self, plan_hash: str) -> Plan:
+        """Return a stored plan. Raises NotFoundError."""
+        text = self.client.get(keys.plan_key(plan_hash))
+        if text is None:
+            raise NotFoundError(f"plan {plan_hash} is not in the ledger")
+        return Plan.from_json(str(text))
+
+    def publish_workflows(self, plans: Iterable[Plan]) -> None:
+        """Put the definitions in force: those given, and no others. Plans of runs in flight stay."""
+        rows = {}
+        for plan in plans:
+            self.put_plan(plan)
+            rows[plan.workflow.name] = json.dumps({"plan": plan.hash, "workflow": plan.workflow.to_json()})
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.delete(keys.WORKFLOWS)
+            if rows:
+                pipe.hset(keys.WORKFLOWS, mapping=rows)
+            self._guard(pipe.execute)
+
+    def workflows(self) -> dict[str, dict[str, Any]]:
+        """Return the definitions in force: name -> {"plan": hash, "workflow": Workflow.to_json()}."""
+        return {name: json.loads(text) for name, text in sorted(self.client.hgetall(keys.WORKFLOWS).items())}
+
+    def workflow_plan(self, name: str) -> str:
+        """Return the hash of the plan in force of a workflow. Raises NotFoundError."""
+        text = self.client.hget(keys.WORKFLOWS, name)
+        if text is None:
+            raise NotFoundError(f"workflow {name!r} is not known here")
+        return str(json.loads(text)["plan"])
+
+    # Runs
+
+    def start(
+        self,
+        run: str,
+        plan: Plan,
+        *,
+        event: str,
+        event_id: str,
+        run_input: str,
+        created_ms: int,
+        parent: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Write a run with its first units in the outbox; False if that run exists. Idempotent by id.
+
+        `event` and `run_input` are payloads. The indexes are written first: a kill in between leaves an id without a
+        run, which the rescuer drops, and whoever caused the run tries again.
+        """
+        self._index(run, created_ms)
+        rows = plan.graph_rows()
+        fields: dict[str, str] = {"workflow": plan.workflow.name, "plan": plan.hash, "state": "queued"}
+        fields |= {"event": event, "event_id": event_id, "input": run_input}
+        if parent is not None:
+            fields["parent"] = json.dumps(parent)
+        answer = self._call(run, "start", len(rows), *_flat(rows), len(plan.roots), *plan.roots, *_flat(fields))
+        return bool(answer[0] == "started")
+
+    def start_failed(
+        self, run: str, *, workflow: str, plan: str, event: str, event_id: str, created_ms: int, error: str
+    ) -> bool:
+        """Write a run that failed before its first step (its input was wrong); False if that run exists."""
+        self._index(run, created_ms, active=False)
+        key = keys.run_key(run, "run")
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.hsetnx(key, "state", "failed")
+            pipe.exists(key)
+            created = bool(pipe.execute()[0])
+            if created:
+                fields = {"workflow": workflow, "plan": plan, "event": event, "event_id": event_id, "episode": 1}
+                fields |= {"created_at": created_ms, "finished_at": created_ms, "error": error}
+                pipe.hset(key, mapping=fields)
+                pipe.expire(key, self.retention_s)
+                pipe.publish(keys.RUN_ENDED, json.dumps({"run": run, "workflow": workflow, "state": "failed"}))
+                pipe.execute()
+        return created
+
+    def _index(self, run: str, created_ms: int, *, active: bool = True) -> None:
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.zadd(keys.RUNS, {run: created_ms}, nx=True)
+            if active:
+                pipe.zadd(keys.ACTIVE, {run: created_ms}, nx=True)
+            self._guard(pipe.execute)
+
+    def close(self, run: str) -> None:
+        """Take a run that has ended, with an empty outbox, off the list of those in flight."""
+        self.client.zrem(keys.ACTIVE, run)
+
+    def active(self) -> list[str]:
+        """Return the runs in flight, oldest first."""
+        return [str(run) for run in self._guard(lambda: self.client.zrange(keys.ACTIVE, 0, -1))]
+
+    # Steps
+
+    def begin(self, run: str, units: Sequence[str], how: How) -> Answer:
+        """Take the first unit of a message that has not ended. Verdicts: go, done, held, early, unknown."""
+        return _answer(self._call(run, "begin", *how.argv(), *units))
+
+    def complete(
+        self,
+        run: str,
+        taken: Taken,
+        state: str,
+        *,
+        payload: str = "",
+        tail: str = "",
+        log: str = "",
+        how: How,
+        inline: str,
+    ) -> Answer:
+        """Record the outcome of what was taken, settle the joins below, and take what comes next.
+
+        `state`: succeeded, failed, skipped, or waiting (for the nested run whose id is `payload`). `tail` is JSON
+        members to add to the attempt's record, with a leading comma. `inline` is this worker's pool; empty takes
+        nothing further. Verdicts: ok, done (a repeat), refused (somebody took over).
+        """
+        return _answer(
+            self._call(
+                run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, *how.argv(), inline
+            )
+        )
+
+    def expand(
+        self,
+        run: str,
+        taken: Taken,
+        count: int,
+        *,
+        size: int,
+        max_parallel: int,
+        per: int,
+        chunks: Sequence[str],
+        how: How,
+        inline: str,
+    ) -> Answer:
+        """Record that a fan-out has `count` items, in header parts of `size`. Verdicts as `complete`."""
+        return _answer(
+            self._call(
+                run, "expand", taken.unit, taken.fence, count, size, max_parallel, per, *how.argv(), inline, *chunks
+            )
+        )
+
+    def resolve(self, run: str, step: str, index: int, child: str, state: str, *, payload: str, tail: str) -> Answer:
+        """Record the end of the nested run of a step or item (index -1: the step itself). First one wins."""
+        return _answer(self._call(run, "resolve", step, index, child, state, payload, tail))
+
+    def finish(self, run: str, taken: Taken, state: str, *, payload: str, error: str) -> tuple[str, str]:
+        """End the run's episode: (verdict, JSON of the parent or ""). Verdicts: ok, done, refused."""
+        answer = self._call(run, "finish", taken.fence, state, payload, error, self.retention_s, keys.RUN_ENDED, run)
+        return answer[0], answer[1] if len(answer) > 1 else ""
+
+    def plan_of(self, run: str) -> str:
+        """Return the hash of the plan that a run started with. Raises NotFoundError."""
+        plan = self.client.hget(keys.run_key(run, "run"), "plan")
+        if plan is None:
+            raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
+        return str(plan)
+
+    def parent_of(self, run: str) -> str:
+        """Return the JSON of the step that waits for a nested run; empty for other runs."""
+        return str(self.client.hget(keys.run_key(run, "run"), "parent") or "")
+
+    def outcome(self, run: str) -> tuple[str, str, str]:
+        """Return (state, payload of the output, JSON of the error) of a run; empty strings for what is not there."""
+        state, output, error = self.client.hmget(keys.run_key(run, "run"), "state", "output", "error")
+        return state or "", output or "", error or ""
+
+    def failure(self, run: str, step: str) -> dict[str, Any]:
+        """Return the error of a failed step, or of its first failed item, with `step` and `index` in it."""
+        count = self.client.hget(keys.run_key(run, "states"), f"n:{step}")
+        slots = [step] if count is None else [f"{step}/{index}" for index in range(int(count))]
+        for lo in range(0, len(slots), 1000):
+            batch = slots[lo : lo + 1000]
+            states = self.client.hmget(keys.run_key(run, "states"), batch)
+            for slot, state in zip(batch, states, strict=True):
+                if state == "failed":
+                    retries = int(self.client.hget(keys.run_key(run, "attempts"), f"{slot}#a") or 0)
+                    record = self.client.hget(keys.run_key(run, "attempts"), f"{slot}@{retries + 1}")
+                    error: dict[str, Any] = json.loads(record or "{}").get("error") or {
+                        "type": "Unknown",
+                        "message": "",
+                    }
+                    error["step"] = step
+                    if slot != step:
+                        error["index"] = int(slot.rpartition("/")[2])
+                    return error
+        return {"type": "Unknown", "message": "", "step": step}
+
+    def clear(self, run: str, units: Sequence[str]) -> int:
+        """Take units that were published out of the outbox; answers how many rows are left."""
+        return int(self._call(run, "clear", *units))
+
+    def renew(self, run: str, held: Iterable[tuple[str, int]], lease_ms: int = LEASE_MS) -> list[str]:
+        """Renew the leases of units (unit, fence); answers those that somebody else has taken over."""
+        return list(self._call(run, "renew", lease_ms, *(part for pair in held for part in pair)))
+
+    def abandon(self, run: str, unit: str, fence: int) -> bool:
+        """Give up a unit whose process has died; True if it is in the outbox now and to be published."""
+        return bool(self._call(run, "abandon", unit, fence))
+
+    def give_back(self, run: str, unit: str, fence: int, size: int) -> list[str]:
+        """Give back the items of a part that were not begun, as parts of `size`; answers the new units."""
+        return list(self._call(run, "give_back", unit, fence, size))
+
+    def sweep(self, run: str, outbox_age_ms: int = OUTBOX_AGE_MS) -> tuple[str, list[str], int, int]:
+        """Answer (state or "", units to publish again, how many of them were lost, rows in the outbox)."""
+        state, again, lost, left = self._call(run, "sweep", outbox_age_ms)
+        return state, list(again), lost, left
+
+    def log(self, run: str, slot: str, attempt: int, text: str) -> None:
+        """Keep the captured text, so far, of an attempt that is still going on."""
+        self._call(run, "log", f"{slot}@{attempt}", text)
+
+    # Events
+
+    def seen(self, event: Event) -> bool:
+        """Tell whether this event was dealt with inside the dedupe window."""
+        return bool(self._guard(lambda: self.client.exists(keys.seen_key(event.key))))
+
+    def mark_seen(self, event: Event, verdicts: Mapping[str, str], *, accepted_ms: int, dedupe_s: int) -> None:
+        """Note that an event was dealt with, and the verdict of each workflow on it."""
+        record = {"event": event.to_json(), "accepted_at": accepted_ms, "verdicts": dict(verdicts)}
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.set(keys.event_key(event.key), json.dumps(record), ex=self.retention_s)
+            pipe.zadd(keys.EVENTS, {event.key: accepted_ms})
+            pipe.set(keys.seen_key(event.key), "1", ex=dedupe_s)
+            self._guard(pipe.execute)
+
+    def set_aside(self, raw: bytes, reason: str, now_ms: int) -> None:
+        """Keep the bytes of a message that is no event, with the reason."""
+        record = {"raw": raw.decode("latin-1"), "reason": reason, "at": now_ms}
+        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, json.dumps(record)))
+
+    # File marks (triggers/files.py)
+
+    def read(self, source: str) -> dict[str, str]:
+        """Return the files that a watch has handled: path -> identity."""
+        return dict(self.client.hgetall(keys.marks_key(source)))
+
+    def write(self, source: str, marks: Mapping[str, str]) -> None:
+        """Mark files as handled. Raises UnavailableError."""
+        self._guard(lambda: self.client.hset(keys.marks_key(source), mapping=dict(marks)))
+
+    def forget(self, source: str, paths: Iterable[str]) -> None:
+        """Forget files that are gone. Raises UnavailableError."""
+        gone = list(paths)
+        if gone:
+            self._guard(lambda: self.client.hdel(keys.marks_key(source), *gone))
+
+    def is_up(self) -> bool:
+        """Tell whether the server answers."""
+        try:
+            return bool(self.client.ping())
+        except redis.RedisError:
+            return False
+
+    def trim(self, before_ms: int) -> list[str]:
+        """Take runs and events older than that off the indexes; answers the runs (some may still be in flight)."""
+        old = [str(run) for run in self.client.zrange(keys.RUNS, "-inf", before_ms, byscore=True)]
+        gone = [run for run in old if not self.client.exists(keys.run_key(run, "run"))]
+        with self.client.pipeline(transaction=False) as pipe:
+            if gone:
+                pipe.zrem(keys.RUNS, *gone)
+            pipe.zremrangebyscore(keys.EVENTS, "-inf", before_ms)
+            pipe.execute()
+        return gone
+
+    def _guard(self, command: Any) -> Any:
+        try:
+            return command()
+        except redis.RedisError as exc:
+            raise unavailable(self.client, exc) from exc
+
+
+def unavailable(client: Any, exc: Exception) -> UnavailableError:
+    """Say in one line that the server of `client` is away, without its password, and what to do."""
+    options = client.connection_pool.connection_kwargs
+    where = options.get("path") or f"{options.get('host')}:{options.get('port')}"
+    reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+    return UnavailableError(f"Redis at {where} cannot be used ({reason}); start it, or set ledger_url and broker_url")
+
+
+def _answer(reply: Sequence[Any]) -> Answer:
+    if len(reply) == 1:
+        return Answer(reply[0])
+    return Answer(reply[0], Taken(*reply[1]) if reply[1] else None, tuple(reply[2]))
+
+
+def _flat(mapping: Mapping[str, str]) -> list[str]:
+    return [part for pair in mapping.items() for part in pair]

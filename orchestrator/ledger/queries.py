@@ -1,0 +1,228 @@
+"""What the ledger can tell: runs, their steps and items, logs, events. Reads only; never part of a decision.
+
+Lists answer at most `limit` entries, newest first, and a cursor for the rest (the id of the last one), or None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from orchestrator.errors import NotFoundError
+from orchestrator.ledger import keys
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.payloads import Payloads
+from orchestrator.plan import Plan
+from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
+from orchestrator.workflows import END
+
+_PAGE = 200
+
+
+class Queries:
+    """Reads of one ledger; every call raises NotFoundError for an id that is not known."""
+
+    def __init__(self, ledger: Ledger, payloads: Payloads) -> None:
+        self._ledger = ledger
+        self._client = ledger.client
+        self._payloads = payloads
+
+    def run(self, run: str, *, with_steps: bool = True) -> Run:
+        """Return a run, with one StepRun for each step of its plan, in the plan's topological order."""
+        fields = self._client.hgetall(keys.run_key(run, "run"))
+        if not fields:
+            raise NotFoundError(f"run {run!r} is not known; see `orchestrator runs list`")
+        steps: tuple[StepRun, ...] = ()
+        if with_steps:
+            plan = self._ledger.plan(fields["plan"])
+            steps = tuple(self._step_run(run, plan, step_id) for step_id in plan.topological())
+        return self._run(run, fields, steps)
+
+    def runs(
+        self, *, limit: int = 50, after: str | None = None, workflow: str | None = None, state: str | None = None
+    ) -> tuple[list[Run], str | None]:
+        """Return runs without their steps, and the cursor of the next page."""
+        found: list[Run] = []
+        for run, fields in self._newest(keys.RUNS, after, lambda ids: self._many(ids)):
+            if not fields or (workflow and fields["workflow"] != workflow) or (state and fields["state"] != state):
+                continue
+            if len(found) == limit:
+                return found, found[-1].id
+            found.append(self._run(run, fields, ()))
+        return found, None
+
+    def _many(self, runs: Sequence[str]) -> list[dict[str, str]]:
+        with self._client.pipeline(transaction=False) as pipe:
+            for run in runs:
+                pipe.hgetall(keys.run_key(run, "run"))
+            rows: list[dict[str, str]] = pipe.execute()
+        return rows
+
+    def _newest(self, index: str, after: str | None, fetch: Any) -> Iterator[tuple[str, Any]]:
+        start = 0
+        if after is not None:
+            rank = self._client.zrevrank(index, after)
+            if rank is None:
+                raise NotFoundError(f"--after {after}: no such cursor; begin without it")
+            start = int(rank) + 1
+        while True:
+            ids = [str(i) for i in self._client.zrange(index, start, start + _PAGE - 1, desc=True)]
+            if not ids:
+                return
+            yield from zip(ids, fetch(ids), strict=True)
+            start += len(ids)
+
+    def _run(self, run: str, fields: dict[str, str], steps: tuple[StepRun, ...]) -> Run:
+        return Run(
+            id=run,
+            workflow=fields["workflow"],
+            state=RunState(fields["state"]),
+            episode=int(fields["episode"]),
+            event_id=fields["event_id"],
+            plan=fields["plan"],
+            input=self._payloads.unpack(fields.get("input", "")),
+            output=self._payloads.unpack(fields.get("output", "")),
+            error=json.loads(fields["error"]) if fields.get("error") else None,
+            created_at=rfc3339(int(fields["created_at"])) or "",
+            started_at=_time(fields.get("started_at")),
+            finished_at=_time(fields.get("finished_at")),
+            parent=_parent(fields.get("parent")),
+            steps=steps,
+        )
+
+    def _step_run(self, run: str, plan: Plan, step_id: str) -> StepRun:
+        count = None
+        if plan.steps[step_id].is_fan_out:
+            count = self._client.hget(keys.run_key(run, "states"), f"n:{step_id}")
+        slot = self._slots(run, [step_id], with_output=count is None)[0]
+        if count is None:
+            return slot
+        counts: dict[str, int] = {}
+        for item in self._pages(run, step_id, int(count)):
+            counts[item] = counts.get(item, 0) + 1
+        return StepRun(
+            id=slot.id, state=slot.state, attempts=slot.attempts, losses=slot.losses, started_at=slot.started_at,
+            finished_at=slot.finished_at, worker=slot.worker, code=slot.code,
+            error=self._ledger.failure(run, step_id) if slot.state is StepRunState.FAILED else None,
+            items=counts,
+        )  # fmt: skip
+
+    def _pages(self, run: str, step_id: str, count: int) -> Iterator[str]:
+        for lo in range(0, count, 1000):
+            fields = [f"{step_id}/{index}" for index in range(lo, min(lo + 1000, count))]
+            for state in self._client.hmget(keys.run_key(run, "states"), fields):
+                yield state or "queued"
+
+    def _slots(self, run: str, slots: Sequence[str], *, with_output: bool = True) -> list[StepRun]:
+        """Read steps or items (`step/index`)."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hmget(keys.run_key(run, "states"), slots)
+            pipe.hmget(keys.run_key(run, "states"), [f"w:{slot}" for slot in slots])
+            pipe.hmget(keys.run_key(run, "outputs"), slots)
+            pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#a" for slot in slots])
+            pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#l" for slot in slots])
+            states, nested, outputs, retries, losses = pipe.execute()
+        attempts = [1 + int(retry or 0) for retry in retries]
+        records = self._client.hmget(
+            keys.run_key(run, "attempts"), [f"{slot}@{n}" for slot, n in zip(slots, attempts, strict=True)]
+        )
+        found = []
+        for n, slot in enumerate(slots):
+            record = json.loads(records[n] or "{}")
+            step_id, _, index = slot.partition("/")
+            found.append(
+                StepRun(
+                    id=step_id,
+                    index=int(index) if index else None,
+                    state=StepRunState(states[n] or ("queued" if index else "scheduled")),
+                    attempts=attempts[n] if record else 0,
+                    losses=int(losses[n] or 0),
+                    started_at=rfc3339(record.get("started_at")),
+                    finished_at=rfc3339(record.get("finished_at")),
+                    worker=record.get("worker"),
+                    code=record.get("code"),
+                    error=record.get("error"),
+                    output=self._payloads.unpack(outputs[n] or "") if with_output else None,
+                    run=nested[n],
+                )
+            )
+        return found
+
+    def step(self, run: str, step_id: str) -> StepRun:
+        """Return one step of a run, with its output."""
+        plan = self._ledger.plan(self._ledger.plan_of(run))
+        if step_id not in plan.steps:
+            raise NotFoundError(f"run {run} has no step {step_id!r}; it has {', '.join(plan.steps)}")
+        return self._step_run(run, plan, step_id)
+
+    def items(
+        self, run: str, step_id: str, *, limit: int = 50, after: str | None = None
+    ) -> tuple[list[StepRun], str | None]:
+        """Return items of a fan-out in their order, and the cursor of the next page."""
+        self.step(run, step_id)
+        count = int(self._client.hget(keys.run_key(run, "states"), f"n:{step_id}") or 0)
+        if after is not None and not after.isdigit():
+            raise NotFoundError(f"--after {after}: no such cursor; begin without it")
+        lo = 0 if after is None else int(after) + 1
+        hi = min(lo + limit, count)
+        slots = [f"{step_id}/{index}" for index in range(lo, hi)]
+        return (self._slots(run, slots) if slots else []), (str(hi - 1) if hi < count else None)
+
+    def logs(self, run: str, step_id: str | None = None, index: int | None = None) -> list[tuple[str, int, str]]:
+        """Return what attempts printed and logged: (step or step/index, attempt, text), in the plan's order."""
+        order = [END, *self._ledger.plan(self._ledger.plan_of(run)).topological()]
+        found = []
+        for field, text in self._client.hgetall(keys.run_key(run, "logs")).items():
+            slot, _, attempt = str(field).rpartition("@")
+            step, _, item = slot.partition("/")
+            if (step_id is None or step == step_id) and (index is None or item == str(index)):
+                found.append((order.index(step), int(item or -1), int(attempt), slot, str(text)))
+        return [(slot, attempt, text) for _, _, attempt, slot, text in sorted(found)]
+
+    def event(self, key: str) -> dict[str, Any]:
+        """Return an event by its id or key: {"event", "accepted_at", "verdicts"}."""
+        text = self._client.get(keys.event_key(key))
+        if text is None:
+            for _, row in self._newest(keys.EVENTS, None, self._events):
+                if row and json.loads(row)["event"]["id"] == key:
+                    text = row
+                    break
+        if text is None:
+            raise NotFoundError(f"event {key!r} is not known; see `orchestrator events list`")
+        return self._event(str(text))
+
+    def events(self, *, limit: int = 50, after: str | None = None) -> tuple[list[dict[str, Any]], str | None]:
+        """Return events with their verdicts, and the cursor of the next page."""
+        found: list[dict[str, Any]] = []
+        last = None
+        for key, text in self._newest(keys.EVENTS, after, self._events):
+            if not text:
+                continue
+            if len(found) == limit:
+                return found, last
+            found.append(self._event(text))
+            last = key
+        return found, None
+
+    def _events(self, ids: Sequence[str]) -> list[str | None]:
+        rows: list[str | None] = self._client.mget([keys.event_key(key) for key in ids])
+        return rows
+
+    @staticmethod
+    def _event(text: str) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(text)
+        body["accepted_at"] = rfc3339(body["accepted_at"])
+        return body
+
+
+def _time(text: str | None) -> str | None:
+    return rfc3339(int(text)) if text else None
+
+
+def _parent(text: str | None) -> dict[str, Any] | None:
+    if not text:
+        return None
+    parent: dict[str, Any] = json.loads(text)
+    parent["index"] = None if parent["index"] < 0 else parent["index"]
+    return parent

@@ -1,0 +1,339 @@
+"""A user's project: finds it, loads its workflows from YAML and Python, and checks what one file alone cannot tell.
+
+A process has one project: modules of the user's, once imported, stay. The control process therefore never imports any:
+it loads definitions in a process of their own (`load_in_subprocess`, which runs `python -m orchestrator.project ROOT`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from orchestrator.definitions import Definition, read_definition
+from orchestrator.errors import DefinitionError, Fault, NotFoundError, TaskNotFoundError
+from orchestrator.modules import ImportFailedError, code_hash, import_module, is_inside, module_name, relative
+from orchestrator.modules import code_files as code_files
+from orchestrator.modules import definition_files as definition_files
+from orchestrator.modules import resolve_task as resolve_task
+from orchestrator.schema import nearest
+from orchestrator.signatures import argument_faults
+from orchestrator.signatures import takes_context as takes_context
+from orchestrator.tracing import Task, WorkflowFunction
+from orchestrator.workflows import On, OnFile, Step, Workflow, find_cycle
+
+LOAD_TIMEOUT_S = 60.0
+
+#: Names of modules that a project cannot have, because they are ours.
+OUR_MODULES = ("orchestrator", "workers", "triggers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Project:
+    """What was loaded. `workflows` has those of files without faults; none should run while there are `faults`."""
+
+    root: Path
+    workflows: Mapping[str, Workflow]
+    faults: list[Fault]
+    code_hash: str
+
+
+# -- Finding. -------------------------------------------------------------------------------------------------
+
+
+def find_project(start: Path) -> Path:
+    """Return the nearest directory from `start` upwards with orchestrator.toml or workflows/, else NotFoundError."""
+    start = start.resolve()
+    for folder in (start, *start.parents):
+        if (folder / "orchestrator.toml").is_file() or (folder / "workflows").is_dir():
+            return folder
+    raise NotFoundError(
+        f"no project in {start} or above it: there is no orchestrator.toml and no workflows/; "
+        "run `orchestrator init DIR`, or name the directory with --project"
+    )
+
+
+# -- Loading. -------------------------------------------------------------------------------------------------
+
+
+def load_project(root: Path, *, pools: Collection[str] | None = None) -> Project:
+    """Load and check the whole project; imports its Python in this process. What is wrong is in `faults`.
+
+    `pools` are the pools that steps may name; None: any. Raises NotFoundError if `root` is no directory.
+    """
+    root = root.resolve()
+    if not root.is_dir():
+        raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
+    return _Loading(root, pools).load()
+
+
+class _Named(NamedTuple):
+    workflow: Workflow
+    file: str
+    line: int | None
+
+
+class _Loading:
+    def __init__(self, root: Path, pools: Collection[str] | None) -> None:
+        self.root = root
+        self.pools = pools
+        self.faults: dict[Fault, None] = {}
+        self.definitions: list[tuple[str, Definition]] = []
+        self.registered: dict[str, Task] = {}
+        self.failed: set[tuple[str, str]] = set()
+
+    def load(self) -> Project:
+        digest = code_hash(self.root)
+        for name in OUR_MODULES:
+            for file in (f"{name}.py", f"{name}/__init__.py"):
+                if (self.root / file).exists():
+                    self._fault(Fault(file=file, message=f"a project cannot have a module named {name!r}; rename it"))
+        for path in definition_files(self.root):
+            file = path.relative_to(self.root).as_posix()
+            if path.suffix == ".py":
+                self._read_python(file)
+            else:
+                try:
+                    definition = read_definition(Path(file), path.read_bytes())
+                except OSError as exc:
+                    self._fault(Fault(file=file, message=f"cannot be read: {exc.strerror}"))
+                else:
+                    self.definitions.append((file, definition))
+        self._find_registered()
+        for _, definition in self.definitions:
+            for fault in definition.faults:
+                self._fault(fault)
+        named = self._by_name()
+        sound: dict[str, tuple[str, Workflow]] = {}
+        for file, definition in self.definitions:
+            if definition.workflow is not None:
+                checked = self._check(file, definition, definition.workflow, named)
+                sound.setdefault(checked.name, (file, checked))
+        self._check_circles(named)
+        faults = sorted(self.faults, key=lambda fault: (fault.file, fault.line or 0))
+        at_fault = {fault.file for fault in faults}
+        good = {name: workflow for name, (file, workflow) in sound.items() if file not in at_fault}
+        return Project(root=self.root, workflows=good, faults=faults, code_hash=digest)
+
+    def _fault(self, fault: Fault) -> None:
+        self.faults[replace(fault, file=relative(self.root, fault.file))] = None
+
+    def _read_python(self, file: str) -> None:
+        if file.split("/")[0].removesuffix(".py") in OUR_MODULES:
+            return
+        try:
+            module = import_module(self.root, module_name(Path(file)))
+        except ImportFailedError as exc:
+            if isinstance(exc.__cause__, DefinitionError):  # a decorator says itself where and what
+                for fault in exc.__cause__.faults:
+                    self._fault(fault)
+            else:
+                self._fault(Fault(file=exc.file or file, line=exc.line, message=exc.reason))
+            return
+        for value in {id(value): value for value in vars(module).values()}.values():
+            if isinstance(value, WorkflowFunction) and value.function.__module__ == module.__name__:
+                with contextlib.redirect_stdout(sys.stderr):
+                    self.definitions.append((file, value.trace()))
+
+    def _find_registered(self) -> None:
+        for module in list(sys.modules.values()):
+            file = getattr(module, "__file__", None)
+            if file is None or not is_inside(self.root, file):
+                continue
+            for value in list(vars(module).values()):
+                if not isinstance(value, Task) or value.registered_name is None:
+                    continue
+                other = self.registered.setdefault(value.registered_name, value)
+                if other is not value:
+                    code = value.function.__code__
+                    message = f"two tasks are registered as {value.registered_name!r}; the other is {other.reference}"
+                    self._fault(Fault(file=code.co_filename, line=code.co_firstlineno, message=message))
+
+    def _by_name(self) -> dict[str, _Named]:
+        found: dict[str, _Named] = {}
+        for file, definition in self.definitions:
+            if definition.workflow is None or any(fault.field == "workflow" for fault in definition.faults):
+                continue
+            new = _Named(definition.workflow, file, definition.lines.at(("workflow",)))
+            name = new.workflow.name
+            other = found.setdefault(name, new)
+            if other is not new:
+                message = f"two workflows are named {name!r}; the other is in {other.file}:{other.line}"
+                self._fault(Fault(file=file, line=new.line, field="workflow", message=message))
+        return found
+
+    def _check(self, file: str, definition: Definition, workflow: Workflow, named: Mapping[str, _Named]) -> Workflow:
+        """Check one definition against the rest of the project; return it as it will be run."""
+        at_fault = {fault.field for fault in definition.faults}
+
+        def fault(message: str, *place: str) -> None:
+            line = definition.lines.at(place)
+            self._fault(Fault(file=file, line=line, field=".".join(place), message=message))
+
+        steps = []
+        for step in workflow.steps:
+            place = ("steps", step.id)
+            if step.task is not None and f"steps.{step.id}.task" not in at_fault:
+                step = self._check_task(step, file, definition, fault)
+            if step.workflow is not None and f"steps.{step.id}.workflow" not in at_fault:
+                self._check_nested(step, named, fault)
+            if self.pools is not None and step.pool not in self.pools and f"steps.{step.id}.pool" not in at_fault:
+                fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *place, "pool")
+            steps.append(step)
+        on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
+        return replace(workflow, steps=tuple(steps), on=on)
+
+    def _check_task(self, step: Step, file: str, definition: Definition, fault: Callable[..., None]) -> Step:
+        reference, place = str(step.task), ("steps", step.id)
+        task = self.registered.get(reference)
+        if task is not None:
+            reference = task.reference
+        elif ":" not in reference:
+            hint = f"; {nearest(reference, self.registered)}" if self.registered else ""
+            fault(f"{reference!r} is neither `module:function` nor the name of a registered task{hint}", *place, "task")
+            return step
+        try:
+            function = resolve_task(self.root, reference)
+        except TaskNotFoundError as exc:
+            where = f" ({exc.file}:{exc.line})" if exc.file else ""
+            if (
+                exc.file is None or (file, exc.reason) not in self.failed
+            ):  # one broken module is one fault a file, not one a step
+                self.failed.add((file, exc.reason))
+                fault(f"{exc.reason}{where}", *place, "task")
+            return replace(step, task=reference)
+        for name, message in argument_faults(function, step.with_):
+            fault(message, *place, "with", *([name] if name else []))
+        decorated = self._decorated(reference)
+        if decorated is not None and decorated.pool is not None and (*place, "pool") not in definition.lines:
+            # A pool that the decorator names holds for YAML as well, unless the step says another.
+            step = replace(step, pool=decorated.pool) if file.endswith((".yaml", ".yml")) else step
+        return replace(step, task=reference)
+
+    def _decorated(self, reference: str) -> Task | None:
+        module, _, path = reference.partition(":")
+        found = getattr(sys.modules.get(module), path, None)
+        return found if isinstance(found, Task) else None
+
+    def _check_nested(self, step: Step, named: Mapping[str, _Named], fault: Callable[..., None]) -> None:
+        name, place = str(step.workflow), ("steps", step.id)
+        if name not in named:
+            fault(f"unknown workflow {name!r}; {nearest(name, named)}", *place, "workflow")
+            return
+        params = named[name].workflow.params
+        for key in step.with_:
+            if key not in params:
+                fault(f"unknown parameter {key!r} of {name!r}; {nearest(key, params)}", *place, "with", key)
+        missing = [key for key, param in params.items() if param.is_required and key not in step.with_]
+        if missing:
+            fault(f"missing parameter{'s'[: len(missing) - 1]} of {name!r}: {', '.join(missing)}", *place, "with")
+
+    def _check_circles(self, named: Mapping[str, _Named]) -> None:
+        graph = {
+            name: [step.workflow for step in entry.workflow.steps if step.workflow is not None]
+            for name, entry in named.items()
+        }
+        cycle = find_cycle(graph)
+        if cycle:
+            message = f"the workflows run each other in a circle: {' -> '.join(cycle)}"
+            first = named[cycle[0]]
+            self._fault(Fault(file=first.file, line=first.line, field="steps", message=message))
+
+    def _absolute(self, on: On, number: int, fault: Callable[..., None]) -> On:
+        if not isinstance(on, OnFile):
+            return on
+        try:
+            return replace(on, path=str(self.root / Path(on.path).expanduser()))
+        except RuntimeError as exc:  # ~nobody
+            fault(f"{on.path!r}: {exc}", "on", str(number), "file", "path")
+            return on
+
+
+# -- In a process of its own. ---------------------------------------------------------------------------------
+
+# The package's folder comes last on the path, and the current one not at all: the user's files must not stand in for
+# the standard library's while our own modules are imported.
+_BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from orchestrator.project import main; main(sys.argv[1:])"
+
+
+def load_in_subprocess(
+    root: Path, pools: Collection[str] | None = None, *, timeout_s: float = LOAD_TIMEOUT_S
+) -> Project:
+    """As `load_project`, in a new process; a module that ends it, or hangs it for `timeout_s`, is a fault."""
+    root = root.resolve()
+    if not root.is_dir():
+        raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
+    package = str(Path(__file__).resolve().parents[1])
+    command = [
+        sys.executable,
+        "-P",
+        "-X",
+        "faulthandler",
+        "-c",
+        _BOOT,
+        package,
+        str(root),
+        json.dumps(None if pools is None else sorted(pools)),
+    ]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+            reason = f"loading ended the process with exit code {process.returncode}; no module may do that on import"
+        except subprocess.TimeoutExpired:
+            reason = f"loading did not end in {timeout_s:g} s; no module may wait on import"
+            out, err = _end(process)
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        body = json.loads(out)
+        return Project(
+            root=root,
+            workflows={workflow["name"]: Workflow.from_json(workflow) for workflow in body["workflows"]},
+            faults=[Fault(file=f[0], line=f[1], field=f[2], message=f[3]) for f in body["faults"]],
+            code_hash=body["code_hash"],
+        )
+    return Project(root=root, workflows={}, faults=[_blame(root, reason, err)], code_hash=code_hash(root))
+
+
+def _end(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """End a process that hangs, and what it started; with SIGABRT first, so that faulthandler says where it was."""
+    process.send_signal(signal.SIGABRT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    out, err = process.communicate()
+    return b"", err or out
+
+
+def _blame(root: Path, reason: str, err: bytes) -> Fault:
+    text = err.decode("utf-8", "replace")
+    for file, line in re.findall(r'File "(.+?)", line (\d+)', text):
+        if is_inside(root, file):
+            return Fault(file=relative(root, file), line=int(line), message=reason)
+    last = (text.strip().splitlines() or [""])[-1]
+    return Fault(file=".", message=f"{reason}: {last}" if last else reason)
+
+
+def main(arguments: list[str]) -> None:
+    """Load the project ROOT (with POOLS, a JSON list or null) and print it as one JSON object; ends the process."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+        os.dup2(2, 1)  # whatever else writes to stdout, in any language, writes to stderr
+        project = load_project(Path(arguments[0]), pools=json.loads(arguments[1]) if arguments[1:] else None)
+        faults = [list(asdict(fault).values()) for fault in project.faults]
+        workflows = [workflow.to_json() for workflow in project.workflows.values()]
+        json.dump({"workflows": workflows, "faults": faults, "code_hash": project.code_hash}, answer)
+    os._exit(0)  # threads of the user's modules must not keep this process
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

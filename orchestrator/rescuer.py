@@ -1,0 +1,82 @@
+"""Rescuer: repairs what a dead process left behind.
+
+It looks at the runs in flight once a second: units that have waited in a run's outbox longer than any live process
+leaves them there are published again, and so are units whose lease ran out. Both are harmless when done twice.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import structlog
+
+from orchestrator.engine import Engine
+from orchestrator.errors import OrchestratorError, UnavailableError
+from orchestrator.ledger.ledger import LEASE_MS
+
+log = structlog.get_logger(__name__)
+
+PERIOD_S = 1.0
+_HOUSEKEEPING_ROUNDS = 600
+
+
+class Rescuer:
+    """The loop, in a thread of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin; returns at once. A second start does nothing."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._loop, name="rescuer", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End; returns when the round in work is done."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=15)
+            self._thread = None
+
+    def _loop(self) -> None:
+        is_away, rounds = False, 0
+        while not self._stop.wait(PERIOD_S):
+            try:
+                if is_away:
+                    # While the server was away nobody could renew a lease: give the living time to do it.
+                    if not self._engine.ledger.is_up() or self._stop.wait(LEASE_MS / 1000):
+                        continue
+                    log.info("rescuer_is_back")
+                    is_away = False
+                self.round()
+                rounds += 1
+                if rounds % _HOUSEKEEPING_ROUNDS == 1:
+                    self._engine.housekeep()
+            except UnavailableError as exc:
+                if not is_away:
+                    log.warning("rescuer_waits", error=str(exc))
+                is_away = True
+            except Exception:  # this loop owns the thread; one bad run must not end the care for the others
+                log.exception("rescue_failed")
+
+    def round(self) -> int:
+        """Look once at every run in flight and return how many units were published again."""
+        published = 0
+        for run in self._engine.ledger.active():
+            if self._stop.is_set():
+                break
+            try:
+                again, lost = self._engine.repair(run)
+            except UnavailableError:
+                raise
+            except OrchestratorError as exc:
+                log.error("run_cannot_be_repaired", run=run, error=str(exc))
+                continue
+            if again:
+                log.warning("units_published_again", run=run, units=again, lost=lost)
+                published += again
+        return published

@@ -1,0 +1,197 @@
+"""Run and StepRun: what the ledger records, as a person and the API see it; their states and legal moves.
+
+    scheduled -> queued -> running -> succeeded | failed | skipped
+        |                     ^  |
+        |                     |  +-> retrying -> queued
+        +-> upstream_failed | skipped          (decided by the join, without running)
+
+A cancel that was asked for is a flag of the run (`cancel_requested`), not a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.events import digest
+
+
+class RunState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_end(self) -> bool:
+        return not RUN_MOVES[self]
+
+
+class StepRunState(StrEnum):
+    SCHEDULED = "scheduled"
+    QUEUED = "queued"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    UPSTREAM_FAILED = "upstream_failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_end(self) -> bool:
+        return not STEP_RUN_MOVES[self]
+
+
+#: The legal moves within one episode. (A later episode puts ended steps back to `scheduled`.)
+RUN_MOVES: Mapping[RunState, frozenset[RunState]] = {
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.FAILED, RunState.CANCELLED}),
+    RunState.RUNNING: frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED}),
+    RunState.SUCCEEDED: frozenset(),
+    RunState.FAILED: frozenset(),
+    RunState.CANCELLED: frozenset(),
+}
+
+STEP_RUN_MOVES: Mapping[StepRunState, frozenset[StepRunState]] = {
+    StepRunState.SCHEDULED: frozenset(
+        {StepRunState.QUEUED, StepRunState.SKIPPED, StepRunState.UPSTREAM_FAILED, StepRunState.CANCELLED}
+    ),
+    StepRunState.QUEUED: frozenset({StepRunState.RUNNING, StepRunState.CANCELLED}),
+    StepRunState.RUNNING: frozenset(
+        {
+            StepRunState.SUCCEEDED,
+            StepRunState.FAILED,
+            StepRunState.SKIPPED,
+            StepRunState.RETRYING,
+            StepRunState.CANCELLED,
+        }
+    ),
+    StepRunState.RETRYING: frozenset({StepRunState.QUEUED, StepRunState.CANCELLED}),
+    StepRunState.SUCCEEDED: frozenset(),
+    StepRunState.FAILED: frozenset(),
+    StepRunState.SKIPPED: frozenset(),
+    StepRunState.UPSTREAM_FAILED: frozenset(),
+    StepRunState.CANCELLED: frozenset(),
+}
+
+
+def run_id(workflow: str, source: str, event_id: str) -> str:
+    """Return the id of the run that an event starts: the same event never starts a workflow twice (G2)."""
+    return digest("run", workflow, source, event_id)[:24]
+
+
+def child_run_id(parent: str, step: str, index: int | None) -> str:
+    """Return the id of the run that a step with `workflow:` starts; a repeat of that step finds the same run."""
+    return digest("child", parent, step, "" if index is None else str(index))[:24]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepError:
+    """Why a step or a run failed. `traceback` is cut to the user's frames and may be empty."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    step: str | None = None
+    index: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        body: dict[str, Any] = {"type": self.type, "message": self.message}
+        for name in ("traceback", "step", "index"):
+            value = getattr(self, name)
+            if value not in (None, ""):
+                body[name] = value
+        return body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRun:
+    """One step of a run, or one item of a fan-out (`index` is not None).
+
+    `items` counts the items of a fan-out by state; None for other steps. Times are RFC 3339 in UTC. `code` is the hash
+    of the project's code that ran the last attempt; `losses` counts workers that died or lost their lease in it.
+    """
+
+    id: str
+    state: StepRunState
+    index: int | None = None
+    attempts: int = 0
+    losses: int = 0
+    started_at: str | None = None
+    finished_at: str | None = None
+    worker: str | None = None
+    code: str | None = None
+    error: Mapping[str, Any] | None = None
+    items: Mapping[str, int] | None = None
+    output: Any = None
+    run: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "id": self.id,
+            "state": str(self.state),
+            "attempts": self.attempts,
+            "losses": self.losses,
+            "started_at": self.started_at,
+            "finished_at": self.finished_at,
+            "worker": self.worker,
+            "code": self.code,
+            "error": self.error,
+            "items": None if self.items is None else dict(self.items),
+            "output": self.output,
+        }
+        if self.index is not None:
+            body["index"] = self.index
+        if self.run is not None:
+            body["run"] = self.run
+        return body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One execution of a workflow. `input` holds the parameters as they were resolved."""
+
+    id: str
+    workflow: str
+    state: RunState
+    episode: int
+    event_id: str
+    plan: str
+    input: Any = None
+    output: Any = None
+    error: Mapping[str, Any] | None = None
+    created_at: str
+    started_at: str | None = None
+    finished_at: str | None = None
+    parent: Mapping[str, Any] | None = None
+    steps: tuple[StepRun, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "workflow": self.workflow,
+            "state": str(self.state),
+            "episode": self.episode,
+            "event_id": self.event_id,
+            "plan": self.plan,
+            "parent": self.parent,
+            "input": self.input,
+            "output": self.output,
+            "error": self.error,
+            "created_at": self.created_at,
+            "started_at": self.started_at,
+            "finished_at": self.finished_at,
+            "steps": [step.to_json() for step in self.steps],
+        }
+
+
+def rfc3339(milliseconds: int | float | None) -> str | None:
+    """Return a time given in ms since the epoch as RFC 3339 in UTC; None for None."""
+    if milliseconds is None:
+        return None
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,217 @@
+"""Settings: one frozen object, from flags, then `ORCHESTRATOR_*`, then `orchestrator.toml`, then defaults.
+
+The environment is read here, once, when `Settings.load` is called; never at import. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+from urllib.parse import urlsplit, urlunsplit
+
+from orchestrator.errors import SettingsError
+from orchestrator.workflows import DEFAULT_POOL, unknown
+
+FILE_NAME = "orchestrator.toml"
+ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """`[pools.NAME]`: one worker process with this many children takes the steps of the pool."""
+
+    concurrency: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set. Durations end in `_s` and are seconds.
+
+    With `broker_url` and `ledger_url` empty, `up` starts an embedded server in `data_dir` and both are its.
+    """
+
+    project: Path
+    data_dir: Path
+    #: Where messages travel; a kombu URL.
+    broker_url: str = ""
+    #: Where runs are recorded; a Redis URL.
+    ledger_url: str = ""
+    #: Where large values are kept; `file:///...`.
+    blobs_url: str = ""
+    #: When the embedded server writes to disk: `everysec` or `always`.
+    fsync: str = "everysec"
+    #: Address and port of the embedded server; port 0 takes a free one and keeps it.
+    host: str = "127.0.0.1"
+    port: int = 0
+    #: How long runs and events are kept after they have ended.
+    retention_s: int = 30 * 86400
+    #: How long an event is recognised when it comes again.
+    dedupe_s: int = 7 * 86400
+    #: Values of more bytes go to the blob store.
+    payload_bytes: int = 64 * 1024
+    #: Captured output kept for an attempt, in bytes.
+    log_bytes: int = 64 * 1024
+    #: How long steps in progress may go on when `up` or a worker is told to stop.
+    grace_s: int = 30
+    #: A step whose process died this often is not run again.
+    maximum_losses: int = 5
+    #: How often a watched folder is looked through for files that no notification told of.
+    rescan_s: float = 30.0
+    pools: Mapping[str, PoolSettings] = field(default_factory=dict)
+    #: Name -> `env:NAME` or `file:PATH`; what `{{ secrets.NAME }}` reads.
+    secrets: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, project: Path, *, environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
+        """Read the settings of a project; `flags` that are None do not count.
+
+        Raises SettingsError with all faults at once.
+        """
+        environ = os.environ if environ is None else environ
+        table, problems = _read_file(project / FILE_NAME)
+        values: dict[str, Any] = {}
+        kinds = _kinds()
+        for name, value in table.get("settings", {}).items():
+            _set(values, kinds, name, value, f"{FILE_NAME}: settings.{name}", problems)
+        for name, text in environ.items():
+            if name.startswith(ENVIRONMENT_PREFIX):
+                _set(values, kinds, name.removeprefix(ENVIRONMENT_PREFIX).lower(), text, name, problems)
+        for name, value in flags.items():
+            if value is not None:
+                _set(values, kinds, name, value, f"--{name.replace('_', '-')}", problems)
+        values["pools"] = _pools(table.get("pools", {}), problems)
+        values["secrets"] = _secrets(table.get("secrets", {}), problems)
+        for section in table:
+            if section not in ("settings", "pools", "secrets"):
+                problems.append(f"{FILE_NAME}: {unknown('section', section, ['settings', 'pools', 'secrets'])}")
+        values["data_dir"] = (project / values.get("data_dir", ".orchestrator")).expanduser().resolve()
+        if values.get("fsync", "everysec") not in ("everysec", "always"):
+            problems.append(f"fsync must be everysec or always, not {values['fsync']!r}")
+        if values.get("ledger_url", "redis://").partition("://")[0] not in ("redis", "rediss", "unix", "valkey"):
+            problems.append("ledger_url must be a redis:// URL, because the ledger is kept in Redis")
+        if bool(values.get("ledger_url")) and not values.get("broker_url"):
+            values["broker_url"] = values["ledger_url"]
+        elif values.get("broker_url", "").startswith(("redis://", "rediss://")) and not values.get("ledger_url"):
+            values["ledger_url"] = values["broker_url"]
+        elif values.get("broker_url") and not values.get("ledger_url"):
+            problems.append("broker_url is set but ledger_url is not; set it to the redis:// URL of the ledger")
+        if not values.get("blobs_url", "file://").startswith("file://"):
+            problems.append("blobs_url must be a file:// URL")
+        if problems:
+            raise SettingsError("; ".join(problems))
+        return cls(project=project, **values)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether `up` starts a server of its own."""
+        return not self.broker_url
+
+    @property
+    def blobs_dir(self) -> Path:
+        return Path(urlsplit(self.blobs_url).path) if self.blobs_url else self.data_dir / "blobs"
+
+    def evolve(self, **changes: Any) -> Settings:
+        """Return a copy with some settings changed."""
+        return replace(self, **changes)
+
+    def concurrency(self, pool: str) -> int:
+        """Return how many children the worker of a pool has."""
+        return self.pools.get(pool, PoolSettings()).concurrency
+
+    @property
+    def declared_pools(self) -> frozenset[str] | None:
+        """The pools that a step may name; None when none is declared, and then any name is a pool."""
+        return frozenset({DEFAULT_POOL, *self.pools}) if self.pools else None
+
+
+def mask_url(url: str) -> str:
+    """Return a URL without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user = parts.username or ""
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{parts.netloc.rpartition('@')[2]}"))
+
+
+def read_secret(reference: str) -> str:
+    """Return the secret that `env:NAME` or `file:PATH` refers to. Raises SettingsError; the message holds no secret."""
+    kind, _, where = reference.partition(":")
+    if kind == "env":
+        value = os.environ.get(where)
+        if value is None:
+            raise SettingsError(f"secret {reference}: the environment has no variable {where}")
+        return value
+    try:
+        return Path(where).expanduser().read_text().rstrip("\n")
+    except OSError as exc:
+        raise SettingsError(f"secret {reference}: {exc.strerror}") from exc
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")), []
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        return {}, [f"{FILE_NAME}: {exc}"]
+
+
+def _kinds() -> dict[str, Any]:
+    kinds = get_type_hints(Settings)
+    return {f.name: kinds[f.name] for f in fields(Settings) if f.name not in ("project", "pools", "secrets")}
+
+
+def _set(
+    values: dict[str, Any], kinds: Mapping[str, Any], name: str, value: Any, place: str, problems: list[str]
+) -> None:
+    if name not in kinds:
+        problems.append(f"{place}: {unknown('setting', name, kinds)}")
+        return
+    kind = kinds[name]
+    try:
+        if kind is Path:
+            values[name] = Path(value)
+        elif kind in (int, float):
+            if isinstance(value, bool):
+                raise ValueError
+            values[name] = kind(value)
+            if values[name] < 0:
+                raise ValueError
+        elif isinstance(value, str):
+            values[name] = value
+        else:
+            raise ValueError
+    except (TypeError, ValueError):
+        what = {int: "a whole number, not negative", float: "a number, not negative"}.get(kind, "a text")
+        problems.append(f"{place}: must be {what}, not {value!r}")
+
+
+def _pools(table: Any, problems: list[str]) -> dict[str, PoolSettings]:
+    pools = {}
+    for name, entry in table.items() if isinstance(table, dict) else ():
+        if not isinstance(entry, dict):
+            problems.append(f"{FILE_NAME}: pools.{name}: must be a table, as in [pools.{name}]")
+            continue
+        for key in entry:
+            if key != "concurrency":
+                problems.append(f"{FILE_NAME}: pools.{name}.{key}: {unknown('key', key, ['concurrency'])}")
+        size = entry.get("concurrency", PoolSettings().concurrency)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            problems.append(f"{FILE_NAME}: pools.{name}.concurrency: must be a whole number from 1, not {size!r}")
+            continue
+        pools[name] = PoolSettings(concurrency=size)
+    return pools
+
+
+def _secrets(table: Any, problems: list[str]) -> dict[str, str]:
+    secrets = {}
+    for name, reference in table.items() if isinstance(table, dict) else ():
+        if not isinstance(reference, str) or not reference.startswith(("env:", "file:")):
+            problems.append(f"{FILE_NAME}: secrets.{name}: must be env:NAME or file:PATH, never the secret itself")
+            continue
+        secrets[name] = reference
+    return secrets

@@ -1,0 +1,461 @@
+"""Workflow and Step: what a user defines, in YAML or in Python; pure data with its checks.
+
+Both faces (definitions.py for YAML, tracing.py for Python) make the same objects, and these know nothing of
+where they came from. `faults()` returns everything that is wrong with a workflow at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from orchestrator import expressions
+from orchestrator.errors import ExpressionError, InputError
+from orchestrator.expressions import References, evaluate, references
+
+DEFAULT_POOL = "default"
+#: The node that ends a run; not a step of the user's. It cannot be a step id.
+END = "$end"
+
+_WORKFLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
+
+
+class TriggerRule(StrEnum):
+    """When a step may start, given how its upstream steps ended (as in Airflow)."""
+
+    ALL_SUCCESS = "all_success"
+    ALL_DONE = "all_done"
+    ONE_FAILED = "one_failed"
+    NONE_FAILED = "none_failed"
+
+    @property
+    def takes_up_failure(self) -> bool:
+        """Whether a step with this rule runs because of, or in spite of, a failed upstream step."""
+        return self in (TriggerRule.ALL_DONE, TriggerRule.ONE_FAILED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One node of a workflow: a task to call or a workflow to run.
+
+    `with_`, `if_` and `foreach` are template data (expressions.py). `task` is `module:function` or a registered
+    name; exactly one of `task` and `workflow` is given. `max_parallel` bounds the items of `foreach` in work.
+    """
+
+    id: str
+    task: str | None = None
+    workflow: str | None = None
+    with_: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    foreach: Any = None
+    max_parallel: int | None = None
+    if_: Any = None
+    trigger_rule: TriggerRule = TriggerRule.ALL_SUCCESS
+    pool: str = DEFAULT_POOL
+    description: str = ""
+
+    @property
+    def is_fan_out(self) -> bool:
+        return self.foreach is not None
+
+    def reads(self) -> References:
+        """What the step's expressions read. Raises ExpressionError for one that is malformed."""
+        return references([dict(self.with_), self.if_, self.foreach])
+
+    def upstream(self) -> tuple[str, ...]:
+        """Ids of the steps that must end before this one: those its expressions name, and `needs`."""
+        return tuple(dict.fromkeys([*self.needs, *sorted(self.reads().step_ids)]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the step as plain JSON, without what is at its default."""
+        body: dict[str, Any] = {"id": self.id}
+        for name, value, default in (
+            ("task", self.task, None),
+            ("workflow", self.workflow, None),
+            ("with", dict(self.with_), {}),
+            ("needs", list(self.needs), []),
+            ("foreach", self.foreach, None),
+            ("max_parallel", self.max_parallel, None),
+            ("if", self.if_, None),
+            ("trigger_rule", str(self.trigger_rule), "all_success"),
+            ("pool", self.pool, DEFAULT_POOL),
+            ("description", self.description, ""),
+        ):
+            if value != default:
+                body[name] = value
+        return body
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Step:
+        """Read what `to_json` wrote."""
+        return cls(
+            id=body["id"],
+            task=body.get("task"),
+            workflow=body.get("workflow"),
+            with_=body.get("with", {}),
+            needs=tuple(body.get("needs", ())),
+            foreach=body.get("foreach"),
+            max_parallel=body.get("max_parallel"),
+            if_=body.get("if"),
+            trigger_rule=TriggerRule(body.get("trigger_rule", "all_success")),
+            pool=body.get("pool", DEFAULT_POOL),
+            description=body.get("description", ""),
+        )
+
+
+class Param(BaseModel):
+    """One typed parameter of a workflow: a small part of JSON Schema, checked strictly ("1" is not an integer)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["string", "integer", "number", "boolean", "array", "object", "null"] | None = Field(
+        default=None, description="JSON Schema type; any value when absent."
+    )
+    description: str = ""
+    default: Any = Field(
+        default=None, description="Value or expression over `event`; without one the parameter is required."
+    )
+    enum: list[Any] | None = Field(default=None, description="The only values allowed.")
+    items: Param | None = Field(default=None, description="What the elements of an array are.")
+    minimum: float | None = Field(default=None, description="Least number allowed.")
+    maximum: float | None = Field(default=None, description="Greatest number allowed.")
+    pattern: str | None = Field(default=None, description="Regular expression that a string must contain a match of.")
+
+    @property
+    def is_required(self) -> bool:
+        return "default" not in self.model_fields_set
+
+    def faults(self) -> list[tuple[str, str]]:
+        """Return (field, message) for each contradiction in this schema; an empty list when it is sound."""
+        found: list[tuple[str, str]] = []
+        if self.items is not None:
+            if self.type != "array":
+                found.append(("items", "belongs to a parameter of type: array"))
+            if not self.items.is_required:
+                found.append(("items.default", "elements of an array have no default"))
+            else:
+                found += [(f"items.{key}", message) for key, message in self.items.faults()]
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as exc:
+                found.append(("pattern", f"not a regular expression: {exc}"))
+            if self.type != "string":
+                found.append(("pattern", "belongs to a parameter of type: string"))
+        for limit in ("minimum", "maximum"):
+            if getattr(self, limit) is not None and self.type not in ("integer", "number"):
+                found.append((limit, "belongs to a parameter of type: integer or number"))
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            found.append(("minimum", f"{self.minimum} is above maximum {self.maximum}"))
+        if not found and not self.is_required and not references(self.default).names:
+            try:
+                default = evaluate(self.default, {})
+            except ExpressionError as exc:
+                return [("default", str(exc))]
+            found += [("default", problem) for problem in self.problems(default)]
+        return found
+
+    def problems(self, value: Any) -> list[str]:
+        """Return what is wrong with `value`, one phrase each; an empty list when it fits."""
+        try:
+            # Python's own regular expressions: `faults` has checked the pattern as one of those.
+            TypeAdapter(self._python_type(), config=ConfigDict(regex_engine="python-re")).validate_python(
+                value, strict=True
+            )
+        except ValidationError as exc:
+            found = []
+            for error in exc.errors(include_url=False, include_context=False):
+                place = "".join(f"[{part!r}]" for part in error["loc"] if isinstance(part, int))
+                message = f"{place} {error['msg']}".strip()
+                found.append(f"{message} (got {shorten(error['input'])})")
+            return found
+        return []
+
+    def _python_type(self) -> Any:
+        element: Any = self.items._python_type() if self.items is not None else Any
+        base: Any = {
+            None: Any,
+            "string": str,
+            "integer": int,
+            "number": float,
+            "boolean": bool,
+            "array": list[element],
+            "object": dict[str, Any],
+            "null": None,
+        }[self.type]
+        limits: dict[str, Any] = {}
+        if self.type in ("integer", "number"):
+            limits = {"ge": self.minimum, "le": self.maximum}
+        if self.type == "string":
+            limits = {"pattern": self.pattern}
+        if any(limit is not None for limit in limits.values()):
+            base = Annotated[base, Field(**limits)]
+        return base if self.enum is None else Annotated[base, AfterValidator(self._check_enum)]
+
+    def _check_enum(self, value: Any) -> Any:
+        if value not in (self.enum or ()):
+            raise PydanticCustomError("enum", "must be one of {allowed}", {"allowed": str(self.enum)})
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnFile:
+    """`on: - file:`: start for each file that has arrived in a folder (triggers/files.py)."""
+
+    path: str
+    glob: str = "*"
+    recursive: bool = False
+    settle_s: float | None = None
+    min_size: int = 0
+    marker: str | None = None
+    polling: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnEvent:
+    """`on: - event:`: start for each event that matches an EventPattern (patterns.py)."""
+
+    pattern: Mapping[str, Any]
+
+
+On = OnFile | OnEvent
+
+
+def on_to_json(on: On) -> dict[str, Any]:
+    """Return one entry of `on:` as plain JSON."""
+    if isinstance(on, OnEvent):
+        return {"event": dict(on.pattern)}
+    return {"file": {name: getattr(on, name) for name in OnFile.__dataclass_fields__}}
+
+
+def on_from_json(body: Mapping[str, Any]) -> On:
+    """Read what `on_to_json` wrote."""
+    return OnEvent(pattern=body["event"]) if "event" in body else OnFile(**body["file"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workflow:
+    """A definition: a graph of steps, the events that start it, its parameters and its output.
+
+    `output` is template data; None means: the only leaf's output, else a mapping of the leaves'.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    on: tuple[On, ...] = ()
+    params: Mapping[str, Param] = field(default_factory=dict)
+    output: Any = None
+    has_output: bool = False
+    description: str = ""
+
+    def step(self, step_id: str) -> Step:
+        """Return the step with that id; KeyError if there is none."""
+        for step in self.steps:
+            if step.id == step_id:
+                return step
+        raise KeyError(step_id)
+
+    def resolve_params(self, given: Mapping[str, Any], event: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the parameters of a run: what was given, else the defaults (which may read `event`).
+
+        Raises InputError with everything that is wrong, in one line.
+        """
+        problems = []
+        for name in given:
+            if name not in self.params:
+                problems.append(f"{name}: {unknown('parameter', name, self.params)}")
+        resolved: dict[str, Any] = {}
+        for name, param in self.params.items():
+            if name in given:
+                value = given[name]
+            elif param.is_required:
+                problems.append(f"{name}: is required")
+                continue
+            else:
+                try:
+                    value = evaluate(param.default, {} if event is None else {"event": event})
+                except ExpressionError as exc:
+                    problems.append(f"{name}: was not given, and its default cannot be evaluated: {exc}")
+                    continue
+            problems += [f"{name}: {problem}" for problem in param.problems(value)]
+            resolved[name] = value
+        if problems:
+            raise InputError(f"input of workflow {self.name!r}: " + "; ".join(problems))
+        return resolved
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the workflow as plain JSON; `from_json` reads it back."""
+        body: dict[str, Any] = {"name": self.name, "steps": [step.to_json() for step in self.steps]}
+        if self.on:
+            body["on"] = [on_to_json(on) for on in self.on]
+        if self.params:
+            body["params"] = {name: param.model_dump(exclude_unset=True) for name, param in self.params.items()}
+        if self.has_output:
+            body["output"] = self.output
+        if self.description:
+            body["description"] = self.description
+        return body
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Workflow:
+        """Read what `to_json` wrote."""
+        return cls(
+            name=body["name"],
+            steps=tuple(Step.from_json(step) for step in body["steps"]),
+            on=tuple(on_from_json(on) for on in body.get("on", ())),
+            params={name: Param(**param) for name, param in body.get("params", {}).items()},
+            output=body.get("output"),
+            has_output="output" in body,
+            description=body.get("description", ""),
+        )
+
+    def faults(self) -> list[tuple[tuple[str, ...], str]]:
+        """Return (path of the field, message) for everything that is wrong with this workflow by itself."""
+        found: list[tuple[tuple[str, ...], str]] = []
+        if not _WORKFLOW_NAME.match(self.name):
+            found.append(
+                (("workflow",), f"{self.name!r} cannot be a name; use letters, digits, '_', '-' and '.', at most 100")
+            )
+        if not self.steps:
+            found.append((("steps",), "a workflow needs at least one step"))
+        found += self._param_faults()
+        ids = [step.id for step in self.steps]
+        graph: dict[str, tuple[str, ...]] = {}
+        for step in self.steps:
+            found += _step_faults(step, ids, self.params)
+            try:
+                graph[step.id] = tuple(up for up in step.upstream() if up in ids)
+            except ExpressionError:
+                graph[step.id] = tuple(up for up in step.needs if up in ids)  # its fault is listed already
+        cycle = find_cycle(graph)
+        if cycle:
+            found.append((("steps", cycle[0]), f"the steps need each other in a circle: {' -> '.join(cycle)}"))
+        if self.has_output:
+            allowed = {"event", "params", "run"}
+            found += _expression_faults(("output",), self.output, ids, allowed=allowed, params=self.params)
+        return found
+
+    def _param_faults(self) -> list[tuple[tuple[str, ...], str]]:
+        found: list[tuple[tuple[str, ...], str]] = []
+        for name, param in self.params.items():
+            place = ("params", name)
+            if not name.isidentifier():
+                found.append((place, f"{name!r} cannot be a parameter's name; use letters, digits and '_'"))
+            bad_default = (
+                []
+                if param.is_required
+                else _expression_faults((*place, "default"), param.default, (), allowed={"event"})
+            )
+            found += bad_default
+            if not bad_default:
+                found += [((*place, key), message) for key, message in param.faults()]
+        return found
+
+
+def _step_faults(step: Step, ids: list[str], params: Iterable[str]) -> list[tuple[tuple[str, ...], str]]:
+    place = ("steps", step.id)
+    found: list[tuple[tuple[str, ...], str]] = []
+    if not expressions.is_step_id(step.id):
+        reserved = ", ".join(sorted(expressions.RESERVED_NAMES))
+        message = f"{step.id!r} cannot be a step's id: use letters, digits and '_', and none of the names {reserved}"
+        found.append((place, message))
+    if (step.task is None) == (step.workflow is None):
+        found.append((place, "a step has either `task:` or `workflow:`"))
+    for needed in step.needs:
+        if needed not in ids:
+            found.append(((*place, "needs"), unknown("step", needed, ids)))
+    inner = {"event", "params", "run", "secrets"}
+    item = {"item", "index"} if step.is_fan_out else set()
+    check = partial(_expression_faults, ids=ids, params=params)
+    for key, value in step.with_.items():
+        found += check((*place, "with", key), value, allowed=inner | item, has_item=step.is_fan_out)
+    if step.if_ is not None:
+        found += check((*place, "if"), step.if_, allowed=inner | item, has_item=step.is_fan_out)
+        if not isinstance(step.if_, bool) and not (isinstance(step.if_, dict) and "$expr" in step.if_):
+            found.append(((*place, "if"), 'must be one expression, such as "{{ total > 0 }}", or true or false'))
+    if step.foreach is not None:
+        # What foreach evaluates to is stored with the run, so no secret may go into it.
+        found += check((*place, "foreach"), step.foreach, allowed={"event", "params", "run"})
+        if not isinstance(step.foreach, list) and not (
+            isinstance(step.foreach, dict) and ("$expr" in step.foreach or "$data" in step.foreach)
+        ):
+            found.append(
+                ((*place, "foreach"), 'must be a list, or one expression that gives a list, such as "{{ split }}"')
+            )
+    if step.max_parallel is not None:
+        if step.foreach is None:
+            found.append(((*place, "max_parallel"), "belongs to a step with `foreach:`"))
+        if step.max_parallel < 1:
+            found.append(((*place, "max_parallel"), "must be at least 1"))
+    return found
+
+
+def _expression_faults(
+    place: tuple[str, ...],
+    template: Any,
+    ids: Iterable[str],
+    *,
+    allowed: set[str],
+    has_item: bool = True,
+    params: Iterable[str] = (),
+) -> list[tuple[tuple[str, ...], str]]:
+    try:
+        read = references(template)
+    except ExpressionError as exc:
+        return [(place, str(exc))]
+    found = []
+    for name in sorted(read.names):
+        if name in ("item", "index") and not has_item:
+            found.append((place, f"`{name}` has a meaning only in a step with `foreach:`"))
+        elif name in expressions.RESERVED_NAMES and name not in allowed:
+            found.append((place, f"`{name}` cannot be used here"))
+        elif name not in expressions.RESERVED_NAMES and name not in ids:
+            found.append((place, unknown("step or name", name, [*ids, *sorted(allowed)])))
+    found += [(place, unknown("step", name, ids)) for name in sorted(read.steps) if name not in ids]
+    if "params" in allowed:
+        found += [(place, unknown("parameter", name, params)) for name in sorted(read.params) if name not in params]
+    return found
+
+
+def find_cycle(graph: Mapping[str, Iterable[str]]) -> list[str] | None:
+    """Return one cycle of `graph` (node -> nodes it needs) as a path that ends where it began, or None."""
+    done: set[str] = set()
+    for root in graph:
+        path: list[str] = []
+        stack = [(root, iter(graph.get(root, ())))] if root not in done else []
+        on_path = {root}
+        path.append(root)
+        while stack:
+            node, rest = stack[-1]
+            following = next((n for n in rest if n in graph and n not in done), None)
+            if following is None:
+                stack.pop()
+                on_path.discard(path.pop())
+                done.add(node)
+            elif following in on_path:
+                return [*path[path.index(following) :], following]
+            else:
+                stack.append((following, iter(graph[following])))
+                on_path.add(following)
+                path.append(following)
+    return None
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that `name` is not known, with the nearest known one, in the words used everywhere for it."""
+    near = difflib.get_close_matches(name, [str(one) for one in known], n=1)
+    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return a `repr` of at most about `limit` characters, for messages."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

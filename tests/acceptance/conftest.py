@@ -1,0 +1,140 @@
+"""`orchestrator up` as a person runs it: a process, a project, a terminal to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from orchestrator.embedded import EmbeddedServer
+from orchestrator.ledger import keys
+from tests.conftest import command, environment, wait_until, write_project
+
+
+class Up:
+    """One `orchestrator up`."""
+
+    def __init__(self, project: Path) -> None:
+        self.project = project
+        self.data_dir = project / ".orchestrator"
+        self.log = project.parent / "up.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str, **env: str) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command("up", "--project", str(self.project), *arguments),
+                stdout=log,
+                stderr=log,
+                env=environment(**env),
+            )
+
+    def wait_ready(self) -> None:
+        """Wait until the definitions are in force and the servers answer."""
+        wait_until(lambda: self.is_ready(), "`up` is ready: " + self.text()[-2000:], 60)
+
+    def is_ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.text()
+        url = EmbeddedServer.url_of(self.data_dir)
+        if url is None:
+            return False
+        client = redis.Redis.from_url(url, socket_timeout=2)
+        try:
+            return bool(client.exists(keys.WORKFLOWS))
+        except redis.RedisError:
+            return False
+        finally:
+            client.close()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def parts(self) -> dict[str, psutil.Process]:
+        """Return the processes by name: server, control, worker (the parent)."""
+        assert self.process is not None
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                line = " ".join(child.cmdline())
+            except psutil.Error:
+                continue
+            for name, sign in (("server", "valkey-server"), ("control", " control "), ("worker", " worker ")):
+                if sign in line:
+                    found[name] = child
+        return found
+
+    def family(self, least: int) -> list[psutil.Process]:
+        """Return all processes below `up`; none while there are fewer than `least`."""
+        assert self.process is not None
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return found if len(found) >= least else []
+
+    def ask(self, *arguments: str, code: int | None = 0) -> str:
+        """Run a command on the project and return its stdout."""
+        done = subprocess.run(
+            command(*arguments, "--project", str(self.project)), capture_output=True, text=True, env=environment()
+        )
+        assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        return done.stdout
+
+    def runs(self, **filters: str) -> list[dict[str, Any]]:
+        """Return every run."""
+        found: list[dict[str, Any]] = []
+        arguments = [part for name, value in filters.items() for part in (f"--{name}", value)]
+        cursor: list[str] = []
+        while True:
+            page = json.loads(self.ask("runs", "list", "--json", "--limit", "1000", *arguments, *cursor))
+            found += page["items"]
+            if page["next"] is None:
+                return found
+            cursor = ["--after", page["next"]]
+
+    def client(self) -> redis.Redis:
+        url = EmbeddedServer.url_of(self.data_dir)
+        assert url is not None
+        return redis.Redis.from_url(url, decode_responses=True)
+
+
+@pytest.fixture
+def make_up(tmp_path: Path) -> Iterator[Callable[[dict[str, str]], Up]]:
+    """Make a project and an `up` for it; whatever still runs at the end is killed."""
+    made: list[Up] = []
+
+    def make(files: dict[str, str]) -> Up:
+        project = tmp_path / "project"
+        project.mkdir(exist_ok=True)
+        write_project(project, files)
+        up = Up(project)
+        made.append(up)
+        return up
+
+    yield make
+    for up in made:
+        if up.process is not None and up.process.poll() is None:
+            family = [*psutil.Process(up.process.pid).children(recursive=True), psutil.Process(up.process.pid)]
+            for process in family:
+                try:
+                    os.kill(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            up.process.wait()
+
+
+def settle(seconds: float) -> None:
+    """Let time pass where that time itself is what is tested (a pause of a writer, a stop in the middle)."""
+    time.sleep(seconds)

@@ -1,0 +1,357 @@
+"""The ledger's verbs on a real server: what they promise whatever is delivered twice, late, or by a dead process."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from orchestrator.engine import Engine
+from orchestrator.expressions import parse
+from orchestrator.ledger import Ledger, Taken, keys
+from orchestrator.ledger.ledger import How
+from orchestrator.plan import Plan
+from orchestrator.runs import STEP_RUN_MOVES, StepRunState
+from orchestrator.workflows import END, Step, TriggerRule, Workflow
+
+HOW = How('{"worker":"w"')
+BRIEF = How('{"worker":"w"', lease_ms=1)
+
+
+@pytest.fixture
+def ledger(engine: Engine) -> Ledger:
+    return engine.ledger
+
+
+def step(step_id: str, *needs: str, **options: Any) -> Step:
+    return Step(id=step_id, task="tasks:f", needs=needs, **options)
+
+
+def start(ledger: Ledger, run: str, *steps: Step) -> Plan:
+    plan = Plan.of(Workflow(name="w", steps=steps))
+    ledger.put_plan(plan)
+    assert ledger.start(run, plan, event="{}", event_id="e", run_input="{}", created_ms=1)
+    ledger.clear(run, list(plan.roots))
+    return plan
+
+
+def take(ledger: Ledger, run: str, *units: str, how: How = HOW) -> Taken:
+    answer = ledger.begin(run, units, how)
+    assert answer.verdict == "go", answer
+    assert answer.taken is not None
+    return answer.taken
+
+
+def states(ledger: Ledger, run: str) -> dict[str, str]:
+    return {k: v for k, v in ledger.client.hgetall(keys.run_key(run, "states")).items() if ":" not in k}
+
+
+def test_start_is_idempotent_by_run_id(ledger: Ledger) -> None:
+    plan = start(ledger, "r", step("a"))
+    assert not ledger.start("r", plan, event='"other"', event_id="x", run_input="{}", created_ms=2)
+    assert ledger.client.hget(keys.run_key("r", "run"), "event_id") == "e"
+
+
+def test_begin_and_the_next_step_come_in_one_answer(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", with_={"x": parse("{{ a }}")}))
+    taken = take(ledger, "r", "a", "b")
+    answer = ledger.complete("r", taken, "succeeded", payload="41", how=HOW, inline="default")
+    assert answer.taken is not None
+    assert (answer.taken.unit, answer.taken.inputs) == ("b", [["a", "succeeded", "41", []]])
+    assert answer.publish == ()
+
+
+def test_a_step_in_work_is_held_and_an_ended_one_is_done(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"))
+    taken = take(ledger, "r", "a")
+    assert ledger.begin("r", ["a"], HOW).verdict == "held"
+    ledger.complete("r", taken, "succeeded", how=HOW, inline="")
+    assert ledger.begin("r", ["a"], HOW).verdict == "done"
+
+
+def test_a_redelivered_chain_goes_on_at_its_first_unfinished_link(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"), step("c", "b"))
+    ledger.complete("r", take(ledger, "r", "a", "b", "c"), "succeeded", how=HOW, inline="")
+    assert take(ledger, "r", "a", "b", "c").unit == "b"
+
+
+def test_a_link_whose_upstream_has_not_ended_is_not_begun(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"))
+    assert ledger.begin("r", ["b"], HOW).verdict == "early"
+
+
+def test_an_unknown_run_is_told(ledger: Ledger) -> None:
+    assert ledger.begin("nobody", ["a"], HOW).verdict == "unknown"
+
+
+def test_a_join_fires_once_whatever_is_completed_twice(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b"), step("c", "a", "b"))
+    a, b = take(ledger, "r", "a"), take(ledger, "r", "b")
+    assert ledger.complete("r", a, "succeeded", how=HOW, inline="").publish == ()
+    assert ledger.complete("r", a, "succeeded", how=HOW, inline="").verdict == "done"
+    assert ledger.complete("r", b, "succeeded", how=HOW, inline="").publish == ("c",)
+    assert ledger.complete("r", b, "failed", how=HOW, inline="").verdict == "done"
+    assert states(ledger, "r")["b"] == "succeeded"
+
+
+def test_no_false_barrier_c_is_ready_while_b_still_runs(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b"), step("c", "a"), step("d", "a", "b"), step("e", "b"))
+    a, b = take(ledger, "r", "a"), take(ledger, "r", "b")
+    assert ledger.complete("r", a, "succeeded", how=HOW, inline="").publish == ("c",)
+    assert set(ledger.complete("r", b, "succeeded", how=HOW, inline="").publish) == {"d", "e"}
+
+
+def test_a_takeover_raises_the_fence_and_refuses_who_was_before(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    first = take(ledger, "r", "a", how=BRIEF)
+    time.sleep(0.005)  # the lease of 1 ms has run out
+    second = take(ledger, "r", "a")
+    assert second.fence > first.fence
+    assert ledger.complete("r", first, "failed", how=HOW, inline="").verdict == "refused"
+    assert ledger.complete("r", second, "succeeded", how=HOW, inline="").verdict == "ok"
+    assert ledger.renew("r", [("a", first.fence)]) == ["a"]
+
+
+def test_who_slept_past_the_lease_may_commit_if_nobody_took_over(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    taken = take(ledger, "r", "a", how=BRIEF)
+    time.sleep(0.005)
+    assert ledger.complete("r", taken, "succeeded", how=HOW, inline="").verdict == "ok"
+
+
+def test_the_sweep_finds_lost_leases_once_and_counts_the_loss(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    take(ledger, "r", "a", how=BRIEF)
+    time.sleep(0.005)
+    assert ledger.sweep("r") == ("running", ["a"], 1, 1)
+    assert ledger.sweep("r") == ("running", [], 0, 1)
+    assert take(ledger, "r", "a").losses == 1
+
+
+def test_a_live_lease_is_not_swept_and_renewing_keeps_it(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    taken = take(ledger, "r", "a", how=How('{"worker":"w"', lease_ms=200))
+    assert ledger.renew("r", [("a", taken.fence)], lease_ms=60_000) == []
+    time.sleep(0.25)
+    assert ledger.sweep("r")[1] == []
+
+
+def test_what_was_not_published_stays_in_the_outbox_until_it_is_cleared(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"), step("c", "a"))
+    answer = ledger.complete("r", take(ledger, "r", "a"), "succeeded", how=HOW, inline="default")
+    assert answer.taken is not None
+    assert (answer.taken.unit, answer.publish) == ("b", ("c",))
+    assert ledger.sweep("r", outbox_age_ms=60_000)[1] == []
+    time.sleep(0.002)
+    assert ledger.sweep("r", outbox_age_ms=1)[1] == ["c"]
+    assert ledger.clear("r", ["c"]) == 0
+
+
+def test_a_child_that_died_is_given_up_at_once(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    taken = take(ledger, "r", "a")
+    assert ledger.abandon("r", "a", taken.fence)
+    assert not ledger.abandon("r", "a", taken.fence)
+    assert take(ledger, "r", "a").losses == 1
+
+
+def expand(
+    ledger: Ledger, run: str, unit: str, count: int, *, size: int, max_parallel: int = 0, inline: str = ""
+) -> Any:
+    taken = take(ledger, run, unit)
+    chunks = [json.dumps([n]) for n in range(count)]
+    return ledger.expand(
+        run, taken, count, size=size, max_parallel=max_parallel, per=1, chunks=chunks, how=HOW, inline=inline
+    )
+
+
+def fan(ledger: Ledger, run: str) -> None:
+    start(ledger, run, step("f", foreach=[0]), step("g", with_={"x": parse("{{ f }}")}))
+
+
+def test_an_empty_fan_out_succeeds_at_once(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    assert expand(ledger, "r", "f", 0, size=1).publish == ("g",)
+    assert take(ledger, "r", "g").inputs == [["f", "succeeded", [], []]]
+
+
+def test_a_fan_out_is_expanded_once(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    taken = take(ledger, "r", "f")
+    for verdict in ("ok", "done"):
+        answer = ledger.expand("r", taken, 2, size=1, max_parallel=0, per=2, chunks=["[1,2]"], how=HOW, inline="")
+        assert answer.verdict == verdict
+    assert ledger.begin("r", ["f"], HOW).verdict == "done"
+
+
+def test_outputs_come_in_the_order_of_the_list_and_failures_with_their_index(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    parts = list(expand(ledger, "r", "f", 4, size=2).publish)
+    for part in reversed(parts):
+        taken = take(ledger, "r", part)
+        while taken is not None:
+            bad = taken.index == 2
+            answer = ledger.complete(
+                "r", taken, "failed" if bad else "succeeded", payload="" if bad else str(taken.index),
+                tail=',"error":{"type":"E"}' if bad else "", how=HOW, inline="default",
+            )  # fmt: skip
+            taken = answer.taken
+            if taken is not None and taken.unit == END:
+                break
+    assert states(ledger, "r")["f"] == "failed"
+    assert states(ledger, "r")["g"] == "upstream_failed"
+    assert ledger.failure("r", "f") == {"type": "E", "step": "f", "index": 2}
+
+
+def test_items_behind_one_in_work_are_given_back_and_each_runs_once(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    (part,) = expand(ledger, "r", "f", 5, size=5).publish
+    taken = take(ledger, "r", part)
+    given = ledger.give_back("r", part, taken.fence, 2)
+    assert given == ["f/1-3", "f/3-5"]
+    assert ledger.give_back("r", part, taken.fence, 2) == []
+    # The part itself ends with the item in work, also when its message comes again.
+    assert ledger.complete("r", taken, "succeeded", how=HOW, inline="default").taken is None
+    assert ledger.begin("r", [part], HOW).verdict == "done"
+    ran = [0]
+    for unit in given:
+        item: Taken | None = take(ledger, "r", unit)
+        while item is not None and item.index >= 0:
+            ran.append(item.index)
+            item = ledger.complete("r", item, "succeeded", how=HOW, inline="default").taken
+    assert ran == [0, 1, 2, 3, 4]
+
+
+def test_a_drained_part_goes_back_as_it_is_and_goes_on_where_it_was(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    (part,) = expand(ledger, "r", "f", 3, size=3).publish
+    answer = ledger.complete("r", take(ledger, "r", part), "succeeded", how=HOW, inline="")
+    assert (answer.taken, answer.publish) == (None, (part,))
+    assert take(ledger, "r", part).index == 1
+
+
+def test_max_parallel_bounds_the_items_in_work(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    ready = list(expand(ledger, "r", "f", 6, size=1, max_parallel=2).publish)
+    in_work: list[Taken] = []
+    most = 0
+    while ready or in_work:
+        in_work += [take(ledger, "r", unit) for unit in ready]
+        most = max(most, len(in_work))
+        answer = ledger.complete("r", in_work.pop(0), "succeeded", how=HOW, inline="")
+        ready = [unit for unit in answer.publish if unit.startswith("f/")]
+    assert most == 2
+    assert states(ledger, "r")["f"] == "succeeded"
+
+
+def test_a_step_waits_for_its_nested_run_and_takes_its_outcome_once(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"))
+    taken = take(ledger, "r", "a")
+    assert ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="default").publish == ()
+    assert ledger.begin("r", ["a"], HOW).verdict == "done"
+    assert ledger.sweep("r", outbox_age_ms=0)[1] == []
+    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="").publish == ("b",)
+    assert ledger.resolve("r", "a", -1, "child", "failed", payload="", tail="").verdict == "done"
+
+
+def test_a_nested_run_may_end_before_its_step_was_noted_as_waiting(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"))
+    taken = take(ledger, "r", "a")
+    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="").publish == ("b",)
+    assert ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="").verdict == "done"
+
+
+def test_after_its_end_every_key_of_a_run_has_a_ttl(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    for part in expand(ledger, "r", "f", 2, size=1).publish:
+        ledger.complete("r", take(ledger, "r", part), "succeeded", payload="1", log="text", how=HOW, inline="")
+    g = take(ledger, "r", "g")
+    end = ledger.complete("r", g, "succeeded", how=HOW, inline="default").taken
+    assert end is not None
+    assert ledger.finish("r", end, "succeeded", payload="1", error="") == ("ok", "")
+    assert ledger.finish("r", end, "failed", payload="1", error="")[0] == "done"
+    # A process that woke up late leaves nothing behind either.
+    ledger.complete("r", g, "failed", how=HOW, inline="default")
+    ledger.log("r", "g", 1, "late")
+    found = list(ledger.client.scan_iter(f"{keys.PREFIX}:{{r}}:*"))
+    assert found
+    assert [key for key in found if ledger.client.ttl(key) < 0] == []
+
+
+# Any graph, any rules, any outcomes, in any order -----------------------------------------------------------------
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> list[tuple[str, list[str], TriggerRule, str]]:
+    """Steps as (id, upstream, trigger rule, how it ends if it runs)."""
+    count = draw(st.integers(1, 12))
+    made = []
+    for n in range(count):
+        above = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=4)) if n else []
+        rule = draw(st.sampled_from(list(TriggerRule)))
+        outcome = draw(st.sampled_from(["succeeded", "succeeded", "failed", "skipped"]))
+        made.append((f"s{n}", [f"s{m}" for m in above], rule, outcome))
+    return made
+
+
+def expected(graph: list[tuple[str, list[str], TriggerRule, str]]) -> dict[str, str]:
+    """Say how each step ends, by the words of the documentation and not by the ledger's counters."""
+    ends: dict[str, str] = {}
+    for step_id, above, rule, outcome in graph:
+        found = [ends[up] for up in above]
+        failed = any(state in ("failed", "upstream_failed") for state in found)
+        skipped = "skipped" in found
+        runs = {
+            TriggerRule.ALL_SUCCESS: not failed and not skipped,
+            TriggerRule.NONE_FAILED: not failed,
+            TriggerRule.ALL_DONE: True,
+            TriggerRule.ONE_FAILED: failed or not above,
+        }[rule]
+        if runs:
+            ends[step_id] = outcome
+        elif rule is TriggerRule.ONE_FAILED:
+            ends[step_id] = "skipped"
+        else:
+            ends[step_id] = "upstream_failed" if failed else "skipped"
+    return ends
+
+
+@given(graph=graphs(), seed=st.integers(0, 2**32), inline=st.booleans())
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_graph_ends_as_documented(
+    ledger: Ledger, graph: list[tuple[str, list[str], TriggerRule, str]], seed: int, *, inline: bool
+) -> None:
+    """Every step ends in the state that its rule says, none twice, and the run's end becomes ready exactly once."""
+    chance = random.Random(seed)
+    run = uuid.uuid4().hex
+    outcome = {step_id: end for step_id, _, _, end in graph}
+    plan = start(ledger, run, *(step(step_id, *above, trigger_rule=rule) for step_id, above, rule, _ in graph))
+    queue, ended, begun = list(plan.roots), 0, []
+    while queue:
+        unit = queue.pop(chance.randrange(len(queue)))
+        answer = ledger.begin(run, [unit], HOW)
+        if chance.random() < 0.2:
+            queue.append(unit)  # delivered twice
+        while answer.taken is not None and answer.taken.unit != END:
+            taken = answer.taken
+            begun.append(taken.step)
+            how = "default" if inline and chance.random() < 0.7 else ""
+            answer = ledger.complete(run, taken, outcome[taken.step], how=HOW, inline=how)
+            queue += answer.publish
+        ended += answer.taken is not None
+    assert ended == 1
+    assert len(begun) == len(set(begun))
+    final = states(ledger, run)
+    assert {step_id: final[step_id] for step_id in plan.steps} == expected(graph)
+
+
+@pytest.mark.parametrize("state", list(StepRunState))
+def test_end_states_are_those_without_moves(state: StepRunState) -> None:
+    assert state.is_end == (not STEP_RUN_MOVES[state])

@@ -1,0 +1,424 @@
+"""YAML definitions: what is read, and each refusal with its line and field."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.definitions import json_schema, parse_duration, read_definition
+from orchestrator.schema import parse_size
+from orchestrator.workflows import OnEvent, OnFile, Param, Step, TriggerRule, Workflow
+
+GOOD = """\
+workflow: good
+description: All there is.
+on:
+  - file: {path: inbox, glob: "*.csv", recursive: true, settle: 500ms, min_size: 10KB, marker: .done, polling: true}
+  - event: {type: [shop.order]}
+params:
+  path: {type: string, default: "{{ event.data.path }}"}
+  n: integer
+steps:
+  split:
+    task: tasks:split
+    with: {path: "{{ params.path }}", title: "n = {{ params.n }}", raw: {$expr: x}}
+    description: first
+  total:
+    task: tasks:total
+    foreach: "{{ split }}"
+    max_parallel: 3
+    with: {chunk: "{{ item }}"}
+    pool: cpu
+  report:
+    workflow: reports
+    with: {totals: "{{ total }}"}
+    needs: [split]
+    if: "{{ total | length > 0 }}"
+    trigger_rule: none_failed
+output: {report: "{{ report }}"}
+"""
+
+
+def read(text):
+    return read_definition(Path("workflows/w.yaml"), text)
+
+
+def shown(text):
+    return [f"{fault.line}: {fault.field}: {fault.message}" for fault in read(text).faults]
+
+
+def test_a_definition_is_read_whole():
+    """Each key comes to its place in the Workflow."""
+    workflow, faults, lines = read(GOOD)
+    assert faults == []
+    assert workflow == Workflow(
+        name="good",
+        description="All there is.",
+        on=(
+            OnFile(
+                path="inbox", glob="*.csv", recursive=True, settle_s=0.5, min_size=10_000, marker=".done", polling=True
+            ),
+            OnEvent(pattern={"type": ["shop.order"]}),
+        ),
+        params={"path": Param(type="string", default={"$expr": "event.data.path"}), "n": Param(type="integer")},
+        steps=(
+            Step(
+                id="split",
+                task="tasks:split",
+                with_={
+                    "path": {"$expr": "params.path"},
+                    "title": {"$text": "n = {{ params.n }}"},
+                    "raw": {"$data": {"$expr": "x"}},
+                },
+                description="first",
+            ),
+            Step(
+                id="total",
+                task="tasks:total",
+                foreach={"$expr": "split"},
+                max_parallel=3,
+                with_={"chunk": {"$expr": "item"}},
+                pool="cpu",
+            ),
+            Step(
+                id="report",
+                workflow="reports",
+                with_={"totals": {"$expr": "total"}},
+                needs=("split",),
+                if_={"$expr": "total | length > 0"},
+                trigger_rule=TriggerRule.NONE_FAILED,
+            ),
+        ),
+        output={"report": {"$expr": "report"}},
+        has_output=True,
+    )
+    assert not workflow.params["path"].is_required
+    assert workflow.params["n"].is_required
+    assert lines[("steps", "total", "max_parallel")] == 17
+    assert lines.at(("steps", "total", "nothing", "there")) == 14
+    assert Workflow.from_json(json.loads(json.dumps(workflow.to_json()))) == workflow
+
+
+def test_yaml_is_1_2():
+    """`on`, `yes` and dates are text; keys are always text."""
+    (step,) = read(
+        "workflow: w\nsteps: {a: {task: t:a, with: {on: yes, d: 2020-01-01, o: 0o10, 1: 010}}}"
+    ).workflow.steps
+    assert step.with_ == {"on": "yes", "d": "2020-01-01", "o": 8, "1": 10}
+
+
+HEAD = "workflow: w\n"
+STEPS = "steps: {a: {task: t:a}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "1: : is empty; write at least `workflow: NAME` and `steps:`"),
+        ("# nothing\n", "1: : is empty; write at least `workflow: NAME` and `steps:`"),
+        ("5", "1: : must be a mapping with `workflow:` and `steps:`, not 5"),
+        ("- a\n", "1: : must be a mapping with `workflow:` and `steps:`, not a list"),
+        ("a:\n\t- b", "2: : not YAML: a tab indents this line; use spaces"),
+        ("a: [1\n", "2: : not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\nb: c: d\n", "2: : not YAML: mapping values are not allowed here"),
+        ("a: *b\n", "1: : not YAML: found undefined alias 'b'"),
+        (b"a: 1\nb: \xff\n", "2: : is not UTF-8: byte 0xff in this line; save it as UTF-8"),
+        ("a: 1\nb: \x01\n", "2: : not YAML: the character U+0001 is not allowed"),
+        (HEAD + STEPS + "---\n" + HEAD, "3: : holds several documents; write one workflow per file"),
+        (
+            HEAD + STEPS + "output: !!python/name:os.system x\n",
+            "3: output: '!!python/name:os.system' is not a JSON value",
+        ),
+        (HEAD + STEPS + "output: .nan\n", "3: output: '.nan' is not a JSON value; quote it if it is text"),
+        (HEAD + STEPS + "output: &a [*a]\n", "1: : has more than 50000 values"),
+        (HEAD + STEPS + "output: {? [1] : 2}\n", "3: output: a key must be text"),
+        (
+            HEAD + "steps:\n  a: {task: t:a}\n  a: {task: t:b}\n",
+            "4: steps.a: duplicate key; it is given in line 3 already",
+        ),
+        (
+            HEAD + "steps: {a: &b {task: t:a}, c: {<<: *b, task: t:a}}\n",
+            "2: steps.c.<<: merge keys are not part of YAML 1.2",
+        ),
+        (STEPS, "1: workflow: is required, and is missing"),
+        (HEAD, "1: steps: is required, and is missing"),
+        ("workflow: 5\n" + STEPS, "1: workflow: must be text, not 5"),
+        ("workflow: a b\n" + STEPS, "1: workflow: 'a b' cannot be a name"),
+        (HEAD + "steps: {}\n", "2: steps: a workflow needs at least one step"),
+        (HEAD + "steps: [a]\n", "2: steps: must be a mapping, not a list"),
+        (HEAD + "steps:\n", "2: steps: has no value; give it one, or take the key away"),
+        (HEAD + STEPS + "stpes: {}\n", "3: stpes: unknown key 'stpes'; did you mean 'steps'?"),
+        (
+            HEAD + STEPS + "xyz: {}\n",
+            "3: xyz: unknown key 'xyz'; known: workflow, description, on, params, steps, output",
+        ),
+        (HEAD + STEPS + "timeout: 1h\n", "3: timeout: `timeout` is not yet in force"),
+        (HEAD + STEPS + "finally: {}\n", "3: finally: `finally` is not yet in force"),
+        (HEAD + STEPS + "on_failure: {}\n", "3: on_failure: `on_failure` is not yet in force"),
+        (HEAD + STEPS + "output: '{{ b }}'\n", "3: output: unknown step or name 'b'"),
+        (HEAD + STEPS + "output: '{{ a'\n", "3: output: bad expression '{{ a'"),
+        (HEAD + STEPS + "on: inbox\n", "3: on: must be a list, not 'inbox'"),
+        *(
+            (HEAD + STEPS + f"on:\n  - {name}: {{}}\n", f"4: on.0.{name}: the {name} trigger is not yet in force")
+            for name in ("s3", "webhook", "schedule", "queue", "run")
+        ),
+        (HEAD + STEPS + "on:\n  - fil: {}\n", "4: on.0.fil: unknown key 'fil'; did you mean 'file'?"),
+        (HEAD + STEPS + "on:\n  - {}\n", "4: on.0: must have one of the keys `file`, `event`"),
+        (HEAD + STEPS + "on:\n  - {file: {path: a}, event: {type: [a]}}\n", "4: on.0: must have one of the keys"),
+        (HEAD + STEPS + "on:\n  - file: {glob: a}\n", "4: on.0.file.path: is required, and is missing"),
+        (HEAD + STEPS + "on:\n  - file: {path: ''}\n", "4: on.0.file.path: must not be empty"),
+        (
+            HEAD + STEPS + "on:\n  - file: {path: a, glub: b}\n",
+            "4: on.0.file.glub: unknown key 'glub'; did you mean 'glob'?",
+        ),
+        (
+            HEAD + STEPS + "on:\n  - file: {path: a, settle: soon}\n",
+            "4: on.0.file.settle: must be a duration, such as 30",
+        ),
+        (
+            HEAD + STEPS + "on:\n  - file: {path: a, min_size: 1XB}\n",
+            "4: on.0.file.min_size: must be a number of bytes",
+        ),
+        (HEAD + STEPS + "on:\n  - file: {path: a, polling: 1}\n", "4: on.0.file.polling: must be true or false, not 1"),
+        (HEAD + STEPS + "on:\n  - event: {}\n", "4: on.0.event: "),
+        (HEAD + STEPS + "on:\n  - event:\n      data: {a: b}\n", "5: on.0.event.data.a: rules stand in an array"),
+        (HEAD + STEPS + "params: {a: strng}\n", "3: params.a: must be one of string, integer, number, boolean"),
+        (HEAD + STEPS + "params: {a: strng}\n", "not 'strng'; did you mean 'string'?"),
+        (HEAD + STEPS + "params: {a: {type: str}}\n", "3: params.a.type: must be one of string"),
+        (HEAD + STEPS + "params: {a: {typ: string}}\n", "3: params.a.typ: unknown key 'typ'; did you mean 'type'?"),
+        (HEAD + STEPS + "params: {a: 5}\n", "3: params.a: must be a type's name or a mapping, not 5"),
+        (
+            HEAD + STEPS + "params: {a: {type: integer, default: x}}\n",
+            "3: params.a.default: Input should be a valid integer",
+        ),
+        (HEAD + STEPS + "params: {a: {type: integer, default: '{{ 1/0 }}'}}\n", "3: params.a.default: '1/0': ZeroDiv"),
+        (
+            HEAD + STEPS + "params: {a: {default: '{{ params.b }}'}}\n",
+            "3: params.a.default: `params` cannot be used here",
+        ),
+        (HEAD + STEPS + "params: {a: {default: '{{ event. }}'}}\n", "3: params.a.default: bad expression"),
+        (HEAD + STEPS + "params: {a-b: string}\n", "3: params.a-b: 'a-b' cannot be a parameter's name"),
+        (HEAD + STEPS + "params: {a: {type: string, pattern: '('}}\n", "3: params.a.pattern: not a regular expression"),
+        (
+            HEAD + STEPS + "params: {a: {type: string, items: {}}}\n",
+            "3: params.a.items: belongs to a parameter of type: array",
+        ),
+        (HEAD + STEPS + "params: {a: {type: array, items: {minimum: 1}}}\n", "3: params.a.items.minimum: belongs to"),
+        (
+            HEAD + STEPS + "params: {a: {type: string, minimum: 1}}\n",
+            "3: params.a.minimum: belongs to a parameter of type",
+        ),
+        (
+            HEAD + STEPS + "params: {a: {type: integer, minimum: 2, maximum: 1}}\n",
+            "3: params.a.minimum: 2.0 is above maximum",
+        ),
+    ],
+)
+def test_each_refusal_of_a_file_says_where(text, fault):
+    """One thing is wrong in each; it is reported once, with its line and field."""
+    assert [found for found in shown(text) if fault in found], shown(text)
+    assert len(shown(text)) == 1 or text.startswith("output")
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ("tsak: t:a, task: t:a", "tsak: unknown key 'tsak'; did you mean 'task'?"),
+        ("task: t:a, retry: {}", "retry: `retry` is not yet in force"),
+        ("task: t:a, timeout: 5", "timeout: `timeout` is not yet in force"),
+        ("task: 5", "task: must be text, not 5"),
+        ("task: ''", "task: must not be empty"),
+        ("task: ", "task: has no value; give it one, or take the key away"),
+        ("task: t:a, workflow: b", "a step has either `task:` or `workflow:`"),
+        ("description: x", "a step has either `task:` or `workflow:`"),
+        ("task: t:a, with: [1]", "with: must be a mapping, not a list"),
+        ("task: t:a, with: {x: '{{ bb }}'}", "with.x: unknown step or name 'bb'; did you mean 'b'?"),
+        ("task: t:a, with: {x: '{{ steps.c.state }}'}", "with.x: unknown step 'c'"),
+        ("task: t:a, with: {x: '{{ params.nn }}'}", "with.x: unknown parameter 'nn'; did you mean 'n'?"),
+        ("task: t:a, with: {x: '{{ b( }}'}", "with.x: bad expression '{{ b( }}'"),
+        (
+            "task: t:a, with: {x: '{{ b | lenght }}'}",
+            "with.x: bad expression '{{ b | lenght }}': No filter named 'lenght'",
+        ),
+        ("task: t:a, with: {x: '{{ item }}'}", "with.x: `item` has a meaning only in a step with `foreach:`"),
+        ("task: t:a, needs: b", "needs: must be a list, not 'b'"),
+        ("task: t:a, needs: [5]", "needs.0: must be text, not 5"),
+        ("task: t:a, needs: [bb]", "needs: unknown step 'bb'; did you mean 'b'?"),
+        ("task: t:a, needs: [a]", "the steps need each other in a circle: a -> a"),
+        ("task: t:a, foreach: 5", "foreach: must be a list, or one expression"),
+        ("task: t:a, foreach: 'x {{ b }}'", "foreach: must be a list, or one expression"),
+        ("task: t:a, foreach: '{{ b'", "foreach: bad expression"),
+        ("task: t:a, foreach: '{{ secrets.X }}'", "foreach: `secrets` cannot be used here"),
+        ("task: t:a, foreach: ", "foreach: has no value"),
+        ("task: t:a, max_parallel: 2", "max_parallel: belongs to a step with `foreach:`"),
+        ("task: t:a, foreach: [1], max_parallel: 0", "max_parallel: must be at least 1"),
+        ("task: t:a, foreach: [1], max_parallel: '2'", "max_parallel: must be a whole number, not '2'"),
+        ("task: t:a, if: yes", "if: must be one expression"),
+        (
+            "task: t:a, trigger_rule: all_sucess",
+            "trigger_rule: must be one of all_success, all_done, one_failed, none_failed",
+        ),
+        ("task: t:a, pool: 5", "pool: must be text, not 5"),
+    ],
+)
+def test_each_refusal_of_a_step_says_where(keys, fault):
+    """One thing is wrong in the step of line 4; it is reported once."""
+    text = f"workflow: w\nparams: {{n: integer}}\nsteps:\n  a: {{{keys}}}\n  b: {{task: t:b}}\n"
+    (found,) = shown(text)
+    assert found.startswith((f"4: steps.a.{fault}", f"4: steps.a: {fault}"))
+
+
+@pytest.mark.parametrize("name", ["item", "a-b", "true", "self", "1"])
+def test_a_name_that_cannot_be_written_in_expressions_is_no_step(name):
+    """The fault stands at the step."""
+    (found,) = shown(f"workflow: w\nsteps:\n  {name}: {{task: t:a}}\n")
+    assert found.startswith(f"3: steps.{name}: {name!r} cannot be a step's id")
+
+
+def test_a_circle_is_shown_with_its_path():
+    """The path ends where it began."""
+    steps = "  a: {task: t:a, needs: [c]}\n  b: {task: t:a, needs: [a]}\n  c: {task: t:a, with: {x: '{{ b }}'}}\n"
+    text = f"workflow: w\nsteps:\n{steps}"
+    assert shown(text) == ["3: steps.a: the steps need each other in a circle: a -> c -> b -> a"]
+
+
+def test_all_faults_of_a_file_come_at_once():
+    """What is wrong in shape does not hide what is wrong in meaning."""
+    text = (
+        "workflow: 5\ntimeout: 1\non: [{s3: {}}, {event: {a: b}}]\nparams: {p: str}\nsteps:\n"
+        "  a: {task: 1, needs: [c], retry: {}}\n  b: {task: t:b, with: {x: '{{ cc }}'}, if: '{{ b( }}'}\n"
+        "  c: [1]\noutput: '{{ d }}'\n"
+    )
+    fields = [(fault.line, fault.field) for fault in read(text).faults]
+    assert fields == [
+        (1, "workflow"), (2, "timeout"), (3, "on.0.s3"), (3, "on.1.event.a"), (4, "params.p"), (6, "steps.a.task"),
+        (6, "steps.a.retry"), (7, "steps.b.if"), (7, "steps.b.with.x"), (8, "steps.c"), (9, "output"),
+    ]  # fmt: skip
+    assert {fault.file for fault in read(text).faults} == {"workflows/w.yaml"}
+
+
+def test_aliases_cannot_blow_a_file_up():
+    """A few bytes that stand for billions of values are refused at once."""
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)
+    )
+    assert shown(bomb) == ["1: : has more than 50000 values (aliases written out), or nests deeper than 50"]
+    assert "nests deeper" in shown("[" * 5000)[0]
+    assert "larger than" in shown("#" * 1_000_001)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(5, 5), (0, 0), (0.5, 0.5), ("5", 5), ("500ms", 0.5), ("1s", 1), ("1.5 m", 90), ("2h", 7200), (" 1d ", 86400)],
+)
+def test_durations(text, seconds):
+    """A number of seconds, or a number with a unit."""
+    assert parse_duration(text) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1s", -1, "1w", "1h30", "١s", True, None, [], float("nan"), "1e9s"])
+def test_nonsense_is_no_duration(text):
+    """The error says what a duration looks like."""
+    with pytest.raises(ValueError, match="must be a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["99999d", 1e300, float("inf"), "9" * 400])
+def test_a_duration_has_an_end(text):
+    """Above a century nothing is meant."""
+    with pytest.raises(ValueError, match="longest"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(7, 7), ("7", 7), ("7B", 7), ("10KB", 10_000), ("10 kb", 10_000), ("1KiB", 1024), ("2MB", 2_000_000)],
+)
+def test_sizes(text, size):
+    """KB is 1000 bytes, KiB is 1024."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", [-1, True, 1.5, "1.5KB", "KB", "10XB", None])
+def test_nonsense_is_no_size(text):
+    """The error says what a size looks like."""
+    with pytest.raises(ValueError, match="must be a number of bytes"):
+        parse_size(text)
+
+
+def test_the_schema_is_what_is_read():
+    """Every key that is read is in the JSON Schema with words for an editor, the short forms too."""
+    schema = json_schema()
+    assert schema["required"] == ["workflow", "steps"]
+    assert set(schema["properties"]) == {"workflow", "description", "on", "params", "steps", "output"}
+    definitions = schema["$defs"]
+    assert set(definitions["Step"]["properties"]) == {
+        "task", "workflow", "with", "needs", "foreach", "max_parallel", "if", "trigger_rule", "pool", "description",
+    }  # fmt: skip
+    assert set(definitions["On"]["properties"]) == {"file", "event"}
+    for name in ("Step", "FileTrigger", "On"):
+        assert definitions[name]["additionalProperties"] is False
+        assert all(field.get("description") for field in definitions[name]["properties"].values())
+    assert definitions["FileTrigger"]["properties"]["settle"]["anyOf"][0]["type"] == "number"
+    assert {"$ref": "#/$defs/Param"} in schema["properties"]["params"]["additionalProperties"]["anyOf"]
+    assert '"null"}' not in json.dumps(schema)
+
+
+NAME = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
+TEMPLATE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just({"$expr": "a | length"}),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAME, inner, max_size=2),
+    max_leaves=5,
+)
+STEP = st.builds(
+    Step,
+    id=NAME,
+    task=st.none() | st.just("tasks:a"),
+    workflow=st.none() | NAME,
+    with_=st.dictionaries(NAME, TEMPLATE, max_size=2),
+    needs=st.lists(NAME, max_size=2).map(tuple),
+    foreach=st.none() | st.lists(TEMPLATE, max_size=2) | st.just({"$expr": "b"}),
+    max_parallel=st.none() | st.integers(1, 9),
+    if_=st.none() | st.booleans() | st.just({"$expr": "b"}),
+    trigger_rule=st.sampled_from(TriggerRule),
+    pool=NAME,
+    description=st.text(max_size=5),
+)
+ON = st.builds(OnEvent, pattern=st.just({"type": ["a"]})) | st.builds(
+    OnFile,
+    path=st.text(max_size=5),
+    settle_s=st.none() | st.floats(0, 9),
+    min_size=st.integers(0, 9),
+    marker=st.none() | NAME,
+)
+PARAM = st.sampled_from(
+    [Param(), Param(type="string", default=None), Param(type="array", items=Param(enum=[1, "a"])), Param(minimum=1.5)]
+)
+WORKFLOW = st.builds(
+    lambda output, **fields: Workflow(output=output, has_output=output is not None, **fields),
+    name=NAME,
+    steps=st.lists(STEP, max_size=3).map(tuple),
+    on=st.lists(ON, max_size=2).map(tuple),
+    params=st.dictionaries(NAME, PARAM, max_size=2),
+    output=TEMPLATE,
+    description=st.text(max_size=5),
+)
+
+
+@given(WORKFLOW)
+def test_a_workflow_comes_back_from_json_as_it_was(workflow):
+    """What control process and workers exchange loses nothing."""
+    again = Workflow.from_json(json.loads(json.dumps(workflow.to_json())))
+    assert again == workflow
+    assert again.to_json() == workflow.to_json()
+    assert [p.is_required for p in again.params.values()] == [p.is_required for p in workflow.params.values()]
+
+
+@given(st.text() | st.binary())
+def test_no_text_raises(text):
+    """Whatever is in a file, it is read or has a fault."""
+    found = read(text)
+    assert found.faults or found.workflow

@@ -1,0 +1,83 @@
+"""Settings: where they come from, and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SettingsError
+from orchestrator.settings import Settings, mask_url, read_secret
+
+
+def load(tmp_path: Path, text: str = "", environ: dict[str, str] | None = None, **flags: object) -> Settings:
+    (tmp_path / "orchestrator.toml").write_text(text)
+    return Settings.load(tmp_path, environ=environ or {}, **flags)
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    text = "[settings]\ngrace_s = 1\nlog_bytes = 1\nport = 1\n"
+    environ = {"ORCHESTRATOR_GRACE_S": "2", "ORCHESTRATOR_PORT": "2", "HOME": "/"}
+    found = load(tmp_path, text, environ, port=3, host=None)
+    assert (found.log_bytes, found.grace_s, found.port, found.host) == (1, 2, 3, "127.0.0.1")
+
+
+def test_without_any_setting_everything_is_embedded_and_in_the_project(tmp_path: Path) -> None:
+    found = load(tmp_path)
+    assert found.is_embedded
+    assert found.data_dir == tmp_path / ".orchestrator"
+    assert found.blobs_dir == tmp_path / ".orchestrator" / "blobs"
+
+
+def test_one_redis_url_serves_both(tmp_path: Path) -> None:
+    found = load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": "redis://h/0"})
+    assert (found.ledger_url, found.is_embedded) == ("redis://h/0", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[settings]\ngrace = 3", "settings.grace: unknown setting 'grace'; did you mean 'grace_s'?"),
+        ("[setting]\n", "unknown section 'setting'; did you mean 'settings'?"),
+        ("[settings]\ngrace_s = -1", "settings.grace_s: must be a whole number, not negative, not -1"),
+        ("[settings]\ngrace_s = 'x'", "settings.grace_s: must be a whole number, not negative, not 'x'"),
+        ("[settings]\nhost = 3", "settings.host: must be a text, not 3"),
+        ("[settings]\nfsync = 'no'", "fsync must be everysec or always"),
+        ("[settings]\nledger_url = 'amqp://x'", "ledger_url must be a redis:// URL"),
+        ("[settings]\nbroker_url = 'amqp://x'", "broker_url is set but ledger_url is not"),
+        ("[settings]\nblobs_url = 'ftp://x'", "blobs_url must be a file:// URL"),
+        ("[pools.a]\nconcurrency = 0", "pools.a.concurrency: must be a whole number from 1, not 0"),
+        ("[pools.a]\nsize = 1", "pools.a.size: unknown key 'size'"),
+        ("[pools]\na = 1", "pools.a: must be a table"),
+        ("[secrets]\nA = 'hunter2'", "secrets.A: must be env:NAME or file:PATH, never the secret itself"),
+        ("[settings", "orchestrator.toml: "),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(tmp_path, text)
+    assert message in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+def test_all_faults_come_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(tmp_path, "[settings]\nnope = 1\n[other]\n", {"ORCHESTRATOR_PROT": "1"})
+    assert str(error.value).count(";") >= 2
+    assert "ORCHESTRATOR_PROT: unknown setting 'prot'; did you mean 'port'?" in str(error.value)
+
+
+def test_passwords_are_masked() -> None:
+    assert mask_url("redis://:secret@h:1/0") == "redis://:***@h:1/0"
+    assert mask_url("amqp://u:p@h//") == "amqp://u:***@h//"
+    assert mask_url("redis://h:1/0") == "redis://h:1/0"
+
+
+def test_secrets_are_read_by_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "x")
+    (tmp_path / "s").write_text("y\n")
+    assert (read_secret("env:A_SECRET"), read_secret(f"file:{tmp_path / 's'}")) == ("x", "y")
+    with pytest.raises(SettingsError, match="the environment has no variable NOT_THERE"):
+        read_secret("env:NOT_THERE")
+    with pytest.raises(SettingsError, match="No such file"):
+        read_secret(f"file:{tmp_path / 'no'}")

@@ -1,0 +1,1 @@
+"""What turns something that happens outside (a file, an object, a request, a due time) into an Event."""

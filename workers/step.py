@@ -1,0 +1,405 @@
+"""The step task: carries the links or items of one message through the ledger, one after the other.
+
+    message -> begin -> [ run -> complete + begin of the next -> publish what else is ready ]* -> end of the message
+
+The ledger decides all: what is to be run first (a redelivered message goes on at its first unfinished link), what comes
+next in this process (the next link of the chain, the next item of the part, or whatever a join has made ready in this
+pool), and what is to be published for others. The message is only the occasion; losing or repeating it is harmless.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from celery import Task
+
+from orchestrator.celery_app import STEP_TASK
+from orchestrator.context import Context
+from orchestrator.engine import Engine
+from orchestrator.errors import ExpressionError, OrchestratorError, PayloadError, SettingsError, TaskNotFoundError
+from orchestrator.expressions import evaluate, references
+from orchestrator.ledger import Answer, Taken
+from orchestrator.ledger.ledger import How
+from orchestrator.plan import MAX_LINKS, Plan, parts
+from orchestrator.project import resolve_task, takes_context
+from orchestrator.runs import StepError, child_run_id, rfc3339
+from orchestrator.settings import read_secret
+from orchestrator.workflows import END, Step
+from workers.capture import Captured, Flusher
+from workers.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+_RUNS_KNOWN = 128
+_TRACEBACK_CHARACTERS = 16_000
+_FRAME_LIMIT = 30
+
+
+@dataclass(slots=True)
+class _RunInfo:
+    """What does not change in a run, kept by the process that has seen it."""
+
+    id: str
+    plan: Plan
+    event_payload: str
+    input_payload: str
+    names: dict[str, Any]
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+
+class _Secrets(Mapping[str, str]):
+    """`secrets` in expressions: read when asked for, and remembered so that captured text is masked."""
+
+    def __init__(self, references: Mapping[str, str], captured: Captured) -> None:
+        self._references = references
+        self._captured = captured
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._references:
+            raise ExpressionError(f"secret {name!r} is not declared; add it under [secrets] as env:NAME or file:PATH")
+        value = read_secret(self._references[name])
+        if value:
+            self._captured.secrets.add(value)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return True  # so that an unknown one is our error and not an undefined name
+
+    def __iter__(self) -> Any:
+        return iter(self._references)
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+
+class StepRunner:
+    """Runs what messages bring, in one process (or thread) of a worker."""
+
+    def __init__(self, engine: Engine, *, pool: str, worker: str, code: str, slots: Slots | None, slot: int) -> None:
+        self._engine = engine
+        self._ledger = engine.ledger
+        self._payloads = engine.payloads
+        self._settings = engine.settings
+        self._pool = pool
+        self._slots = slots
+        self._slot = slot
+        self._record = json.dumps({"worker": worker, "code": code})[:-1]
+        self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
+        self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
+        self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
+        self._flusher = Flusher(self._keep_log)
+        self._now: tuple[_RunInfo, Taken] | None = None
+
+    def carry(self, run: str, units: list[str]) -> None:
+        """Run what a message carries, from its first unfinished unit on.
+
+        Returns when there is nothing more for this process to do in this message. Whatever happens to the process,
+        what it had taken is found by its lease, and what it had made ready in the outbox.
+        """
+        answer = self._ledger.begin(run, units, self._how(run, ""))
+        links = 0
+        unit, names, unit_since = "", {}, 0.0  # type: str, dict[str, Any], float
+        while answer.taken is not None:
+            taken = answer.taken
+            info = self._info(run, taken)
+            self._engine.publish(run, info.plan, answer.publish)
+            now = time.monotonic()
+            if taken.unit != unit:
+                unit, unit_since = taken.unit, now
+                names = info.names | self._inputs(taken)
+                links += 1
+            if self._slots is not None:
+                self._slots.write(
+                    self._slot, fence=taken.fence, attempt=taken.attempt, index=taken.index, run=run, unit=unit,
+                    unit_since=unit_since,
+                )  # fmt: skip
+            answer = self._run(info, taken, names, links)
+        if self._slots is not None and links:
+            self._slots.clear(self._slot)
+        if answer.publish:
+            self._engine.publish(run, self._plan(run), answer.publish)
+        if answer.verdict not in ("ok", "go", "done", "held"):
+            logger.info("message_dropped run=%s units=%s verdict=%s", run, units[:1], answer.verdict)
+
+    def _inline(self, links: int, taken: Taken) -> str:
+        """Return the pool to take more of after what ran: none when draining, nor past the links of one message."""
+        if self._slots is not None and self._slots.is_draining:
+            return ""
+        return self._pool if links < MAX_LINKS or taken.index >= 0 else ""
+
+    def _how(self, run: str, known_chunk: str) -> How:
+        return How(self._record, knows_run=run in self._runs, known_chunk=known_chunk)
+
+    def _plan(self, run: str) -> Plan:
+        info = self._runs.get(run)
+        return info.plan if info is not None else self._engine.plan(self._ledger.plan_of(run))
+
+    def _info(self, run: str, taken: Taken) -> _RunInfo:
+        if not taken.meta:
+            self._runs.move_to_end(run)
+            return self._runs[run]
+        workflow, plan, event, run_input, created_ms, episode, _ = taken.meta
+        facts = {
+            "id": run,
+            "workflow": workflow,
+            "created_at": rfc3339(int(created_ms)),
+            "episode": int(episode),
+        }
+        info = _RunInfo(run, self._engine.plan(plan), event, run_input, {"run": facts})
+        self._runs[run] = info
+        while len(self._runs) > _RUNS_KNOWN:
+            self._runs.popitem(last=False)
+        return info
+
+    def _inputs(self, taken: Taken) -> dict[str, Any]:
+        """Make the names of upstream steps: their outputs, and `steps` with their state, errors and output."""
+        names: dict[str, Any] = {}
+        steps: dict[str, Any] = {}
+        for step_id, state, value, failures in taken.inputs:
+            output = self._payloads.unpack_all(value) if isinstance(value, list) else self._payloads.unpack(value)
+            errors = []
+            for index, record in failures:
+                error = json.loads(record or "{}").get("error", {})
+                errors.append(error if index < 0 else error | {"index": index})
+            names[step_id] = output
+            steps[step_id] = {"state": state, "output": output, "errors": errors}
+        names["steps"] = steps
+        return names
+
+    def _load(self, info: _RunInfo, name: str, payload: str) -> Any:
+        if name not in info.loaded:
+            info.loaded[name] = self._payloads.unpack(payload)
+        return info.loaded[name]
+
+    def _names_for(self, info: _RunInfo, template: Any, names: Mapping[str, Any], captured: Captured) -> dict[str, Any]:
+        """Add what a template reads of `event`, `params` and `secrets`: they are not unpacked for nothing."""
+        wanted = references(template).names
+        names = dict(names)
+        if "event" in wanted:
+            names["event"] = self._load(info, "event", info.event_payload)
+        if "params" in wanted:
+            names["params"] = self._load(info, "params", info.input_payload)
+        if "secrets" in wanted:
+            names["secrets"] = _Secrets(self._settings.secrets, captured)
+        return names
+
+    def _run(self, info: _RunInfo, taken: Taken, names: dict[str, Any], links: int) -> Answer:
+        """Run what was taken and record how it ended; answers what comes next."""
+        if taken.step == END:
+            return self._finish(info, taken, names)
+        step = info.plan.steps[taken.step]
+        captured = Captured(self._settings.log_bytes)
+        state, payload, tail = "succeeded", "", ""
+        try:
+            if taken.losses >= self._settings.maximum_losses:
+                raise WorkerLostError(f"the process that ran this step died {taken.losses} times; it is not run again")
+            if taken.index >= 0:
+                names["item"], names["index"] = self._item(info, taken), taken.index
+            if step.is_fan_out and taken.index < 0:
+                if self._is_wanted(info, step, names, captured, per_item=False):
+                    return self._expand(info, taken, step, names, captured, links)
+                state = "skipped"
+            elif not self._is_wanted(info, step, names, captured, per_item=step.is_fan_out):
+                state = "skipped"
+            else:
+                arguments = evaluate(step.with_, self._names_for(info, step.with_, names, captured))
+                if step.workflow is not None:
+                    state, payload = "waiting", self._start_nested(info, taken, step, arguments)
+                else:
+                    value = self._call(info, taken, step, arguments, captured)
+                    payload = self._pack(info, taken, value)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
+            state = "failed"
+            error = describe_error(exc, self._settings.project)
+            tail = f',"error":{captured.mask(json.dumps(error.to_json()))}'
+            logger.info("step_failed run=%s step=%s error=%s", info.id, taken.slot, error.type)
+        return self._ledger.complete(
+            info.id, taken, state, payload=payload, tail=tail, log=captured.text(),
+            how=How(self._record, knows_run=True, known_chunk=self._known_chunk(info.id)),
+            inline=self._inline(links, taken),
+        )  # fmt: skip
+
+    def _is_wanted(
+        self, info: _RunInfo, step: Step, names: dict[str, Any], captured: Captured, *, per_item: bool
+    ) -> bool:
+        """Evaluate `if`. In a fan-out it is asked once per item if it reads the item, else once for the step."""
+        if step.if_ is None:
+            return True
+        if step.is_fan_out and per_item != bool(references(step.if_).names & {"item", "index"}):
+            return True
+        return bool(evaluate(step.if_, self._names_for(info, step.if_, names, captured)))
+
+    def _expand(
+        self, info: _RunInfo, taken: Taken, step: Step, names: dict[str, Any], captured: Captured, links: int
+    ) -> Answer:
+        items = evaluate(step.foreach, self._names_for(info, step.foreach, names, captured))
+        if not isinstance(items, list):
+            raise ExpressionError(f"foreach must give a list, not {type(items).__name__}")
+        ranges = parts(len(items), max_parallel=step.max_parallel)
+        per, chunks = self._payloads.pack_items(items, self._blob(info, taken) + "-items") if items else (1, [])
+        return self._ledger.expand(
+            info.id, taken, len(items),
+            size=ranges[0][1] - ranges[0][0] if ranges else 1,
+            max_parallel=step.max_parallel or 0, per=per, chunks=chunks,
+            how=How(self._record, knows_run=True), inline=self._inline(links, taken),
+        )  # fmt: skip
+
+    def _known_chunk(self, run: str) -> str:
+        name = self._chunk[0]
+        return name.removeprefix(run + "/") if name.startswith(run + "/") else ""
+
+    def _item(self, info: _RunInfo, taken: Taken) -> Any:
+        if taken.chunk:
+            per, number, payload = taken.chunk
+            self._chunk = (f"{info.id}/{taken.step}:{number}", per, self._payloads.unpack(payload))
+        _, per, items = self._chunk
+        return items[taken.index % per]
+
+    def _start_nested(self, info: _RunInfo, taken: Taken, step: Step, arguments: Mapping[str, Any]) -> str:
+        assert step.workflow is not None
+        index = taken.index if taken.index >= 0 else None
+        child = child_run_id(info.id, taken.step, index)
+        plan = self._engine.plan(self._ledger.workflow_plan(step.workflow))
+        event = self._load(info, "event", info.event_payload)
+        params = plan.workflow.resolve_params(arguments, event)
+        parent = {"run": info.id, "step": taken.step, "index": taken.index}
+        self._engine.start(child, plan, event=event, params=params, parent=parent)
+        return child
+
+    def _call(self, info: _RunInfo, taken: Taken, step: Step, arguments: dict[str, Any], captured: Captured) -> Any:
+        assert step.task is not None
+        if step.task not in self._tasks:
+            function = resolve_task(self._settings.project, step.task)
+            self._tasks[step.task] = (function, takes_context(function))
+        function, with_context = self._tasks[step.task]
+        if with_context:
+            arguments["context"] = Context(
+                run_id=info.id,
+                step_id=taken.step,
+                workflow=info.plan.workflow.name,
+                attempt=taken.attempt,
+                index=taken.index if taken.index >= 0 else None,
+                logger=logging.getLogger(f"{info.plan.workflow.name}.{taken.step}"),
+                _load_event=lambda: self._load(info, "event", info.event_payload),
+            )
+        with captured:
+            self._now = (info, taken)
+            self._flusher.watch(captured)
+            try:
+                return function(**arguments)
+            finally:
+                self._flusher.watch(None)
+
+    def _pack(self, info: _RunInfo, taken: Taken, value: object) -> str:
+        try:
+            return self._payloads.pack(value, self._blob(info, taken))
+        except PayloadError as exc:
+            raise PayloadError(f"step {taken.slot}: its result is {exc}") from exc
+
+    def _keep_log(self, captured: Captured) -> None:
+        if self._now is not None:
+            info, taken = self._now
+            self._ledger.log(info.id, taken.slot, taken.attempt, captured.text())
+
+    def _finish(self, info: _RunInfo, taken: Taken, names: dict[str, Any]) -> Answer:
+        """End the run: its state, its output, and word to the step that waits for it, if one does."""
+        plan, error, output = info.plan, "", None
+        states = dict(zip(taken.chunk[::2], taken.chunk[1::2], strict=True))
+        unhandled = plan.unhandled(states) if states else []
+        if unhandled:
+            error = json.dumps(self._ledger.failure(info.id, unhandled[0]))
+        else:
+            try:
+                if plan.workflow.has_output:
+                    template = plan.workflow.output
+                    output = evaluate(template, self._names_for(info, template, names, Captured(0)))
+                elif len(plan.leaves) == 1:
+                    output = names[plan.leaves[0]]
+                else:
+                    output = {leaf: names[leaf] for leaf in plan.leaves}
+            except OrchestratorError as exc:
+                error = json.dumps(StepError(type=type(exc).__name__, message=f"output: {exc}").to_json())
+        payload = self._payloads.pack(output, self._blob(info, taken))
+        state = "failed" if error else "succeeded"
+        verdict, parent = self._ledger.finish(info.id, taken, state, payload=payload, error=error)
+        if verdict == "ok":
+            self._engine.tell_parent(info.id, parent)
+            if not parent:
+                self._ledger.close(info.id)
+        self._runs.pop(info.id, None)
+        return Answer(verdict)
+
+    @staticmethod
+    def _blob(info: _RunInfo, taken: Taken) -> str:
+        return f"runs/{info.id}/{taken.slot}-{taken.fence}"
+
+
+class WorkerLostError(OrchestratorError):
+    """The process that ran a step died too often."""
+
+
+#: Errors of ours whose message says it all: a traceback would only show our own code.
+_PLAIN = (ExpressionError, PayloadError, SettingsError, TaskNotFoundError, WorkerLostError)
+
+
+def describe_error(exc: BaseException, project: Path) -> StepError:
+    """Return type, message and traceback of an error, the traceback cut to frames of the user's project."""
+    kind = type(exc)
+    name = (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    if isinstance(exc, OrchestratorError):
+        name = kind.__name__
+    try:
+        message = str(exc)
+    except Exception as broken:  # noqa: BLE001 -- an error whose text cannot be made is still an error
+        message = f"(its message could not be made: {type(broken).__name__})"
+    if isinstance(exc, SystemExit):
+        message = f"the step called sys.exit({message})"
+    text = "" if isinstance(exc, _PLAIN) else _user_traceback(exc, project)
+    return StepError(type=name, message=message[:4000], traceback=text[-_TRACEBACK_CHARACTERS:])
+
+
+def _user_traceback(exc: BaseException, project: Path) -> str:
+    report = traceback.TracebackException.from_exception(exc, limit=-_FRAME_LIMIT, compact=True)
+    one: traceback.TracebackException | None = report
+    while one is not None:
+        users = [frame for frame in one.stack if _is_users(frame.filename, project)]
+        ours = str(Path(__file__).parent)
+        one.stack = traceback.StackSummary.from_list(
+            users or [frame for frame in one.stack if not frame.filename.startswith(ours)]
+        )
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return "".join(report.format())
+
+
+def _is_users(filename: str, project: Path) -> bool:
+    return filename.startswith(str(project)) and "site-packages" not in filename
+
+
+class StepTask(Task):  # type: ignore[misc]  # celery has no types
+    """The one Celery task: a link `(run, step)` with the links behind it, or a header part `(run, step, lo, hi)`."""
+
+    name = STEP_TASK
+    ignore_result = True
+    acks_late = True
+
+    #: Made when a child of the worker starts (workers/worker.py).
+    runner: StepRunner
+
+    def run(self, run: str, step: str, lo: int | None = None, hi: int | None = None) -> None:
+        following = self.request.chain or []
+        # trace_task would publish the rest of the chain after us; the ledger has it.
+        self.request.chain = None
+        if lo is not None:
+            self.runner.carry(run, [f"{step}/{lo}-{hi}"])
+        else:
+            self.runner.carry(run, [step, *(signature["args"][1] for signature in reversed(following))])

@@ -1,0 +1,142 @@
+"""Watch: what the parent of a worker does for its children, in a thread of its own.
+
+Four times a second it reads the slots (slots.py). It renews the leases of what they run; gives up, so that it is
+started again at once, what a child that has died was running; gives back the items that wait in a part behind a long
+one, so that idle processes can take them; and ends a child whose unit somebody else has taken over.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+
+from orchestrator.engine import Engine
+from orchestrator.errors import OrchestratorError, UnavailableError
+from orchestrator.ledger.ledger import RENEW_S
+from workers.slots import Slots, Work
+
+log = structlog.get_logger(__name__)
+
+PERIOD_S = 0.25
+#: A part that has been in work for this long shares what it has not begun, in parts of about half of this.
+SHARE_AFTER_S = 0.5
+
+
+class Watch:
+    """The loop. `is_orphan` is asked each round; when it says yes, `on_orphan` is called once."""
+
+    def __init__(self, engine: Engine, slots: Slots, *, on_orphan: Callable[[], None] | None = None) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._parent = os.getppid()
+        self._on_orphan = on_orphan
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._renew_at = 0.0
+        self._shared: dict[int, int] = {}
+        self._is_away = False
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End; returns when the round in work is done."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=15)
+            self._thread = None
+
+    def _loop(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            if self._on_orphan is not None and os.getppid() != self._parent:
+                log.warning("supervisor_is_gone")
+                self._on_orphan()
+                self._on_orphan = None
+            try:
+                self.round(time.monotonic())
+                if self._is_away:
+                    log.info("watch_is_back")
+                self._is_away = False
+            except UnavailableError as exc:
+                if not self._is_away:
+                    log.warning("watch_waits", error=str(exc))
+                self._is_away = True
+            except Exception:  # this loop owns the thread: leases must go on being renewed
+                log.exception("watch_failed")
+
+    def round(self, now: float) -> None:
+        """Look once at every slot."""
+        running: dict[int, Work] = {}
+        for slot in range(self._slots.count):
+            work = self._slots.read(slot)
+            if work is None:
+                continue
+            if not _is_alive(work.pid):
+                self._give_up(slot, work)
+                continue
+            running[slot] = work
+            if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and self._shared.get(slot) != work.fence:
+                self._share(slot, work, now)
+        if now >= self._renew_at:
+            self._renew(running)
+            self._renew_at = now + RENEW_S
+
+    def _give_up(self, slot: int, work: Work) -> None:
+        give_up(self._engine, work)
+        again = self._slots.read(slot)
+        if again is not None and again.sequence == work.sequence:
+            self._slots.clear(slot)
+
+    def _share(self, slot: int, work: Work, now: float) -> None:
+        """Give back what a part has not begun; the faster its items were, the larger the new parts."""
+        first = int(work.unit.rpartition("/")[2].partition("-")[0])
+        done = work.index - first
+        size = max(1, int(done * SHARE_AFTER_S / 2 / (now - work.unit_since)))
+        units = self._engine.ledger.give_back(work.run, work.unit, work.fence, size)
+        self._shared[slot] = work.fence
+        if units:
+            _publish(self._engine, work.run, units)
+
+    def _renew(self, running: dict[int, Work]) -> None:
+        by_run: dict[str, list[tuple[int, Work]]] = {}
+        for slot, work in running.items():
+            by_run.setdefault(work.run, []).append((slot, work))
+        for run, works in by_run.items():
+            gone = self._engine.ledger.renew(run, [(work.unit, work.fence) for _, work in works])
+            for slot, work in works:
+                again = self._slots.read(slot)
+                if work.unit in gone and again is not None and (again.pid, again.fence) == (work.pid, work.fence):
+                    log.error("step_was_taken_over", pid=work.pid, run=run, unit=work.unit)
+                    os.kill(work.pid, signal.SIGKILL)
+
+
+def give_up(engine: Engine, work: Work) -> None:
+    """Have what a dead child ran started again; idempotent. Its parent does this, and the child that replaces it."""
+    if engine.ledger.abandon(work.run, work.unit, work.fence):
+        log.warning("child_lost", pid=work.pid, run=work.run, unit=work.unit, index=work.index)
+        _publish(engine, work.run, [work.unit])
+
+
+def _publish(engine: Engine, run: str, units: list[str]) -> None:
+    try:
+        engine.publish(run, engine.plan(engine.ledger.plan_of(run)), units)
+    except OrchestratorError as exc:
+        log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

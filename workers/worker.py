@@ -1,0 +1,101 @@
+"""A worker: one Celery worker (prefork) for one pool, with its parent's watch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import Any
+
+import structlog
+from billiard.process import current_process
+from celery import Celery, bootsteps, signals
+
+from orchestrator.celery_app import PRIORITIES, make_app, queue_name
+from orchestrator.engine import Engine
+from orchestrator.errors import DefinitionError
+from orchestrator.project import load_project
+from orchestrator.settings import Settings
+from workers import capture
+from workers.slots import Slots
+from workers.step import StepRunner, StepTask
+from workers.watch import Watch, give_up
+
+log = structlog.get_logger(__name__)
+
+
+def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None, die_with_parent: bool = False) -> int:
+    """Run the worker of a pool until it is told to stop (SIGTERM, SIGINT); returns its exit code. Blocks.
+
+    SIGTERM: takes nothing new, lets steps in progress finish, leaves their successors to others. Raises DefinitionError
+    if the project does not load.
+    """
+    project = load_project(settings.project, pools=settings.declared_pools)
+    if project.faults:
+        raise DefinitionError(project.faults)
+    size = concurrency or settings.concurrency(pool)
+    slots = Slots.create(size)
+    try:
+        app = make_app(settings, pool=pool)
+        worker_name = f"{pool}@{socket.gethostname()}:{os.getpid()}"
+        task = StepTask()
+        app.register_task(task)
+        _prepare_children(app, settings, task, pool=pool, worker=worker_name, code=project.code_hash, slots=slots)
+        watch = Watch(
+            Engine(settings, app=app, patience_s=2.0),
+            slots,
+            on_orphan=(lambda: os.kill(os.getpid(), signal.SIGTERM)) if die_with_parent else None,
+        )
+        app.steps["worker"].add(_watch_step(watch, slots))
+        worker = app.Worker(
+            hostname=worker_name,
+            pool="prefork",
+            concurrency=size,
+            queues=[queue_name(pool, priority) for priority in PRIORITIES],
+            loglevel="WARNING",
+            quiet=True,
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        worker.start()
+        return int(worker.exitcode or 0)
+    finally:
+        slots.close()
+
+
+def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
+    class WatchStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+        """Starts the watch once the children are there, and tells them when the worker is to stop."""
+
+        requires = {"celery.worker.components:Pool"}  # noqa: RUF012 -- celery reads it from the class
+
+        def start(self, parent: Any) -> None:
+            signals.worker_shutting_down.connect(self._drain, weak=False)
+            watch.start()
+
+        def stop(self, parent: Any) -> None:
+            watch.stop()
+
+        @staticmethod
+        def _drain(**_: Any) -> None:
+            slots.drain()
+
+    return WatchStep
+
+
+def _prepare_children(
+    app: Celery, settings: Settings, task: StepTask, *, pool: str, worker: str, code: str, slots: Slots
+) -> None:
+    def begin(**_: Any) -> None:
+        capture.install()
+        engine, mine, slot = Engine(settings, app=app), Slots(slots.path, slots.count), int(current_process().index)
+        before = mine.read(slot)
+        if before is not None:  # the child whose place this one takes has died in a step
+            give_up(engine, before)
+            mine.clear(slot)
+        task.runner = StepRunner(engine, pool=pool, worker=f"{worker}/{os.getpid()}", code=code, slots=mine, slot=slot)
+
+    signals.worker_process_init.connect(begin, weak=False)
+    # Celery's own set-up would write to the root logger; ours is made by the command line.
+    signals.setup_logging.connect(lambda **_: None, weak=False)
