@@ -7,6 +7,19 @@ These are the names that a project imports; everything else is reached by the co
 
 from orchestrator.context import Context
 from orchestrator.events import Event
-from orchestrator.tracing import errors, on, state, task, workflow
+from orchestrator.outputs import errors_of, event, index, item, secrets, state_of
+from orchestrator.tracing import on, task, workflow
 
-__all__ = ["Context", "Event", "errors", "on", "state", "task", "workflow"]
+__all__ = [
+    "Context",
+    "Event",
+    "errors_of",
+    "event",
+    "index",
+    "item",
+    "on",
+    "secrets",
+    "state_of",
+    "task",
+    "workflow",
+]

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
-import secrets
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -135,14 +135,15 @@ class Output:
 event = Output("event")
 item = Output("item")
 index = Output("index")
+secrets = Output("secrets")
 
 
-def state(output: Output) -> Output:
+def state_of(output: Output) -> Output:
     """Return how the step with that output ended: `steps.X.state`."""
     return Output(f"steps.{_step_of(output)}.state")
 
 
-def errors(output: Output) -> Output:
+def errors_of(output: Output) -> Output:
     """Return the errors of the step with that output: `steps.X.errors`."""
     return Output(f"steps.{_step_of(output)}.errors")
 
@@ -164,7 +165,7 @@ class Outputs:
 
     def __init__(self) -> None:
         # Digits only, so that no change of case spoils a mark.
-        self._secret = str(secrets.randbits(64))
+        self._secret = str(random.SystemRandom().getrandbits(64))
         self._marked: list[Output] = []
         self._mark = re.compile(rf"\x02{self._secret}:(\d+)\x03")
 

@@ -35,11 +35,6 @@ from orchestrator import schema
 from orchestrator.definitions import Definition, Lines, pattern_faults
 from orchestrator.errors import DefinitionError, Fault, TracingError
 from orchestrator.outputs import Output, Outputs
-from orchestrator.outputs import errors as errors
-from orchestrator.outputs import event as event
-from orchestrator.outputs import index as index
-from orchestrator.outputs import item as item
-from orchestrator.outputs import state as state
 from orchestrator.schema import FileTrigger, Place, later, nearest, shape_message
 from orchestrator.signatures import CONTEXT, argument_faults, param_of, parameters_of
 from orchestrator.workflows import DEFAULT_POOL, On, OnEvent, OnFile, Param, Step, TriggerRule, Workflow

@@ -131,9 +131,7 @@ def test_what_is_no_event_is_set_aside_with_its_bytes_and_the_next_one_goes_on(
     app, good = place.engine.app, event()
     with app.producer_pool.acquire(block=True) as producer:
         for body, kind in ((b"\x80\x04pickle", "application/x-python-serialize"), (b"{broken", "application/json")):
-            producer.publish(
-                body, content_type=kind, content_encoding="binary", exchange="", routing_key=EVENT_QUEUE
-            )
+            producer.publish(body, content_type=kind, content_encoding="binary", exchange="", routing_key=EVENT_QUEUE)
         producer.publish({"specversion": "1.0"}, serializer="json", exchange="", routing_key=EVENT_QUEUE)
     EventBus(app).publish([good])
     dispatcher.start()

@@ -9,8 +9,8 @@ import pytest
 from orchestrator.definitions import read_definition
 from orchestrator.errors import DefinitionError, TracingError
 from orchestrator.expressions import evaluate
-from orchestrator.outputs import Output
-from orchestrator.tracing import errors, event, index, item, on, state, task, workflow
+from orchestrator.outputs import Output, errors_of, event, index, item, state_of
+from orchestrator.tracing import on, task, workflow
 from orchestrator.workflows import OnEvent, OnFile, Param
 
 HERE = Path(__file__)
@@ -279,7 +279,7 @@ def test_state_and_errors_of_a_step():
 
     def w():
         rows = split("a")
-        anything.options(trigger_rule="all_done")(x=[state(rows), errors(rows)])
+        anything.options(trigger_rule="all_done")(x=[state_of(rows), errors_of(rows)])
 
     (_, step) = drawn(w).steps
     assert step.with_["x"] == [{"$expr": "steps.split.state"}, {"$expr": "steps.split.errors"}]
@@ -373,7 +373,7 @@ def _private():
 
 
 def _state_of_part():
-    state(split("a")[0])
+    state_of(split("a")[0])
 
 
 @pytest.mark.parametrize(
