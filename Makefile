@@ -10,6 +10,8 @@ help: ## Show what there is
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	touch $@
@@ -28,7 +30,7 @@ lint: $(BIN)/.installed ## Check style, types, spelling and the direction of imp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell orchestrator workers triggers tests docs README.md CHANGELOG.md
+	$(BIN)/codespell orchestrator workers triggers docs README.md CHANGELOG.md
 
 format: $(BIN)/.installed ## Format the code
 	$(BIN)/ruff check --fix .

@@ -106,6 +106,8 @@ def resolve_task(root: Path, reference: str) -> Callable[..., Any]:
 
 def import_module(root: Path, name: str) -> types.ModuleType:
     """Import a module of the project. Raises ImportFailedError, also if it lies elsewhere or stops the process."""
+    # A file that is edited twice within a second may keep its time and size; Python would run its old bytecode.
+    sys.dont_write_bytecode = True
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     if name not in sys.modules:
