@@ -5,10 +5,16 @@
 These are the names that a project imports; everything else is reached by the command line and the API.
 """
 
-from orchestrator.context import Context
-from orchestrator.events import Event
-from orchestrator.outputs import errors_of, event, index, item, secrets, state_of
-from orchestrator.tracing import on, task, workflow
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.context import Context
+    from orchestrator.events import Event
+    from orchestrator.outputs import errors_of, event, index, item, secrets, state_of
+    from orchestrator.tracing import on, task, workflow
 
 __all__ = [
     "Context",
@@ -23,3 +29,12 @@ __all__ = [
     "task",
     "workflow",
 ]
+
+_HOMES = {"Context": "context", "Event": "events", "on": "tracing", "task": "tracing", "workflow": "tracing"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is asked for: the processes of `up` import this package and need none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"orchestrator.{_HOMES.get(name, 'outputs')}"), name)

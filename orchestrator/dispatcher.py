@@ -102,8 +102,7 @@ class Dispatcher:
         try:
             event = Event.from_json(body)
         except InputError as exc:
-            self._engine.ledger.set_aside(raw, str(exc), now_ms())
-            log.error("event_set_aside", reason=str(exc))
+            self._set_aside(raw, str(exc))
             return
         wait_s = 0.1
         while True:
@@ -115,6 +114,13 @@ class Dispatcher:
                 if self._stop.wait(wait_s):
                     raise
                 wait_s = min(wait_s * 2, 5.0)
+            except Exception as exc:  # noqa: BLE001 -- trying again would not help it, and would hold up all others
+                self._set_aside(raw, f"it could not be dispatched: {type(exc).__name__}: {exc}")
+                return
+
+    def _set_aside(self, raw: bytes, reason: str) -> None:
+        self._engine.ledger.set_aside(raw, reason, now_ms())
+        log.error("event_set_aside", reason=reason)
 
     def dispatch(self, event: Event) -> dict[str, str]:
         """Start what an event asks for and return the verdict of each workflow; idempotent.

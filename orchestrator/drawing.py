@@ -5,6 +5,12 @@ from __future__ import annotations
 from orchestrator.plan import Plan
 from orchestrator.workflows import TriggerRule
 
+#: Words of Mermaid's flowcharts; as the id of a node they break the drawing.
+_MERMAID_WORDS = frozenset(
+    {"call", "class", "classDef", "click", "default", "direction", "end", "flowchart", "graph", "href", "linkStyle"}
+    | {"interpolate", "style", "subgraph", "_blank", "_parent", "_self", "_top"}
+)
+
 
 def tree(plan: Plan) -> str:
     """Return the workflow as an indented tree; a step with several upstream steps stands below the last of them."""
@@ -30,9 +36,14 @@ def mermaid(plan: Plan) -> str:
     for step_id, step in plan.steps.items():
         label = _label(plan, step_id).replace('"', "'")
         shape = f'[["{label}"]]' if step.is_fan_out else f'["{label}"]'
-        lines.append(f"  {step_id}{shape}")
-    lines += [f"  {up} --> {step_id}" for step_id, above in plan.upstream.items() for up in above]
+        lines.append(f"  {_node(step_id)}{shape}")
+    lines += [f"  {_node(up)} --> {_node(step_id)}" for step_id, above in plan.upstream.items() for up in above]
     return "\n".join(lines)
+
+
+def _node(step_id: str) -> str:
+    # No step's id has a hyphen, so this is never another step.
+    return f"step-{step_id}" if step_id in _MERMAID_WORDS else step_id
 
 
 def dot(plan: Plan) -> str:

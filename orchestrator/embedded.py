@@ -56,7 +56,7 @@ class EmbeddedServer:
             draft.replace(self._state)
             configuration = self.directory / "valkey.conf"
             configuration.touch(mode=0o600)
-            configuration.write_text(self._configuration(port, password))
+            configuration.write_text(self._configuration(port, password), encoding="utf-8")
             return [str(get_binary_path()), str(configuration)]
         except OSError as exc:
             raise UnavailableError(
@@ -86,7 +86,7 @@ class EmbeddedServer:
             f"port {port}",
             "protected-mode yes",
             f"requirepass {password}",
-            f"dir {json.dumps(os.fspath(self.directory))}",
+            f"dir {json.dumps(os.fspath(self.directory), ensure_ascii=False)}",
             "appendonly yes",
             f"appendfsync {self._fsync}",
             'save ""',

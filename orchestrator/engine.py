@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis import RedisError
 
 from orchestrator import canvas
 from orchestrator.celery_app import make_app
@@ -23,6 +24,9 @@ from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
+
+#: The id of a run is on the list of those in flight before the run is there: for no longer than this.
+_STARTING_MS = 600_000
 
 
 class Engine:
@@ -49,7 +53,7 @@ class Engine:
             return
         try:
             canvas.publish(self.app, canvas.ready(self.app, plan, run, units))
-        except OperationalError as exc:
+        except (OperationalError, OSError, RedisError) as exc:
             raise UnavailableError(
                 f"the broker at {mask_url(self.settings.broker_url)} cannot be used ({exc}); "
                 "start it, or set broker_url"
@@ -117,7 +121,9 @@ class Engine:
             self.publish(run, self.plan(self.ledger.plan_of(run)), units)
         if "^parent" in again:
             self.tell_parent(run, self.ledger.parent_of(run))
-        elif state in ("", "succeeded", "failed", "cancelled") and not left:
+        elif not state:
+            self.ledger.drop(run, time.time_ns() // 1_000_000 - _STARTING_MS)
+        elif state in ("succeeded", "failed", "cancelled") and not left:
             self.ledger.close(run)
         return len(units), lost
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,14 @@ class Event:
         for name in ("id", "source", "type"):
             if not isinstance(body.get(name), str) or not body[name]:
                 raise InputError(f"event: {name} must be a string that is not empty, not {body.get(name)!r}")
+        try:
+            # Also what Python reads and writes but JSON does not have, and text that no encoding has.
+            json.dumps([body.get("data"), *body.values()], allow_nan=False)
+            "".join(text for text in body.values() if isinstance(text, str)).encode()
+        except UnicodeEncodeError as exc:
+            raise InputError("event: a text in it is not Unicode") from exc
+        except (ValueError, RecursionError) as exc:
+            raise InputError(f"event: it is not JSON: {exc}") from exc
         for name in ("time", "subject"):
             if not isinstance(body.get(name, ""), str):
                 raise InputError(f"event: {name} must be a string, not {body[name]!r}")

@@ -41,7 +41,9 @@ def definition_files(root: Path) -> Iterator[Path]:
         inside = Path(folder)
         folders[:] = sorted(name for name in folders if not _is_skipped(inside / name))
         yield from (
-            inside / name for name in sorted(files) if name.endswith((".yaml", ".yml")) or _is_ours(inside / name)
+            inside / name
+            for name in sorted(files)
+            if name.lower().endswith((".yaml", ".yml")) or _is_ours(inside / name)
         )
     yield from (path for path in sorted(root.glob("*.py")) if _is_ours(path))
 
@@ -91,6 +93,8 @@ def resolve_task(root: Path, reference: str) -> Callable[..., Any]:
     found: Any = module
     for name in path.split("."):
         if not hasattr(found, name):
+            if name == "<locals>":
+                raise TaskNotFoundError(reference, "is defined in a function; a task must stand at a module's level")
             names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
             raise TaskNotFoundError(reference, f"no {name!r} in {name_of_module!r}; {nearest(name, names)}")
         found = getattr(found, name)
@@ -102,6 +106,16 @@ def resolve_task(root: Path, reference: str) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(function):
         raise TaskNotFoundError(reference, "is an `async def` function; tasks are plain functions")
     return function
+
+
+def python_command(code: str, *arguments: str) -> list[str]:
+    """Return the command that runs `code` (which may use `sys`) in a new Python that finds this package.
+
+    The package's folder comes last on the path, and the current one not at all: the files of a user must not stand in
+    for the standard library's while our own modules are imported.
+    """
+    boot = f"import sys; sys.path.append(sys.argv.pop(1)); {code}"
+    return [sys.executable, "-P", "-c", boot, str(Path(__file__).resolve().parents[1]), *arguments]
 
 
 def import_module(root: Path, name: str) -> types.ModuleType:

@@ -128,7 +128,11 @@ class Output:
         return str(self)
 
     def __repr__(self) -> str:
-        return f"<Output {self._source}>"
+        text = f"<Output {self._source}>"
+        outputs = _outputs.get()
+        if outputs is not None:
+            outputs.shown.add(text)
+        return text
 
 
 #: The roots of expressions that are not a step's output; for defaults of parameters, and arguments of `.map`.
@@ -167,6 +171,8 @@ class Outputs:
         # Digits only, so that no change of case spoils a mark.
         self._secret = str(random.SystemRandom().getrandbits(64))
         self._marked: list[Output] = []
+        #: What `repr()` said of outputs: for a person, and never for a run.
+        self.shown: set[str] = set()
         self._mark = re.compile(rf"\x02{self._secret}:(\d+)\x03")
 
     def __enter__(self) -> Outputs:
@@ -205,6 +211,12 @@ class Outputs:
         parts = self._mark.split(text)
         if self._secret in "".join(parts[::2]):
             raise TracingError("text with an output in it was cut up; a task can do that when the workflow runs")
+        for shown in self.shown:
+            if shown in text:
+                raise TracingError(
+                    f"{shown} was put into text by its repr; write the output itself in the text, "
+                    "without !r and not within a list or mapping"
+                )
         if len(parts) == 1:
             return text
         plain = [part if not re.search(r"[{\r\x00]", part) else f"{{{{ {_literal(part)} }}}}" for part in parts[::2]]

@@ -117,7 +117,7 @@ def _convert(value: object) -> object:
 def _find_culprit(value: object, place: str, depth: int) -> tuple[str, str]:
     """Find the first part of a value that JSON cannot say: (where, what)."""
     if depth > 50:
-        return place, "nested too deeply, or contains itself"
+        return "", "nested too deeply, or contains itself"
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return place, f"the number {value}, which JSON does not have"
     if value is None or isinstance(value, str | int | float):

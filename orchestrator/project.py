@@ -20,7 +20,15 @@ from typing import NamedTuple
 
 from orchestrator.definitions import Definition, read_definition
 from orchestrator.errors import DefinitionError, Fault, NotFoundError, TaskNotFoundError
-from orchestrator.modules import ImportFailedError, code_hash, import_module, is_inside, module_name, relative
+from orchestrator.modules import (
+    ImportFailedError,
+    code_hash,
+    import_module,
+    is_inside,
+    module_name,
+    python_command,
+    relative,
+)
 from orchestrator.modules import code_files as code_files
 from orchestrator.modules import definition_files as definition_files
 from orchestrator.modules import resolve_task as resolve_task
@@ -215,7 +223,7 @@ class _Loading:
         decorated = self._decorated(reference)
         if decorated is not None and decorated.pool is not None and (*place, "pool") not in definition.lines:
             # A pool that the decorator names holds for YAML as well, unless the step says another.
-            step = replace(step, pool=decorated.pool) if file.endswith((".yaml", ".yml")) else step
+            step = replace(step, pool=decorated.pool) if file.lower().endswith((".yaml", ".yml")) else step
         return replace(step, task=reference)
 
     def _decorated(self, reference: str) -> Task | None:
@@ -241,11 +249,12 @@ class _Loading:
             name: [step.workflow for step in entry.workflow.steps if step.workflow is not None]
             for name, entry in named.items()
         }
-        cycle = find_cycle(graph)
-        if cycle:
+        while cycle := find_cycle(graph):
             message = f"the workflows run each other in a circle: {' -> '.join(cycle)}"
             first = named[cycle[0]]
             self._fault(Fault(file=first.file, line=first.line, field="steps", message=message))
+            for name in cycle[1:]:
+                graph.pop(name)
 
     def _absolute(self, on: On, number: int, fault: Callable[..., None]) -> On:
         if not isinstance(on, OnFile):
@@ -259,10 +268,6 @@ class _Loading:
 
 # -- In a process of its own. ---------------------------------------------------------------------------------
 
-# The package's folder comes last on the path, and the current one not at all: the user's files must not stand in for
-# the standard library's while our own modules are imported.
-_BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from orchestrator.project import main; main(sys.argv[1:])"
-
 
 def load_in_subprocess(
     root: Path, pools: Collection[str] | None = None, *, timeout_s: float = LOAD_TIMEOUT_S
@@ -271,18 +276,9 @@ def load_in_subprocess(
     root = root.resolve()
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
-    package = str(Path(__file__).resolve().parents[1])
-    command = [
-        sys.executable,
-        "-P",
-        "-X",
-        "faulthandler",
-        "-c",
-        _BOOT,
-        package,
-        str(root),
-        json.dumps(None if pools is None else sorted(pools)),
-    ]
+    names = json.dumps(None if pools is None else sorted(pools))
+    command = python_command("from orchestrator.project import main; main(sys.argv[1:])", str(root), names)
+    command[1:1] = ["-X", "faulthandler"]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )

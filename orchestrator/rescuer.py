@@ -24,7 +24,8 @@ class Rescuer:
     """The loop, in a thread of its own."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        # One of its own that waits for no server: else it would not know that one was away.
+        self._engine = Engine(engine.settings, app=engine.app, patience_s=0.0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -41,6 +42,7 @@ class Rescuer:
         if self._thread is not None:
             self._thread.join(timeout=15)
             self._thread = None
+        self._engine.ledger.client.close()
 
     def _loop(self) -> None:
         is_away, rounds = False, 0
@@ -60,7 +62,7 @@ class Rescuer:
                 if not is_away:
                     log.warning("rescuer_waits", error=str(exc))
                 is_away = True
-            except Exception:  # this loop owns the thread; one bad run must not end the care for the others
+            except Exception:  # this loop owns the thread
                 log.exception("rescue_failed")
 
     def round(self) -> int:
@@ -75,6 +77,9 @@ class Rescuer:
                 raise
             except OrchestratorError as exc:
                 log.error("run_cannot_be_repaired", run=run, error=str(exc))
+                continue
+            except Exception:  # one bad run must not end the care for the others
+                log.exception("run_cannot_be_repaired", run=run)
                 continue
             if again:
                 log.warning("units_published_again", run=run, units=again, lost=lost)

@@ -11,7 +11,7 @@ A cancel that was asked for is a flag of the run (`cancel_requested`), not a sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -168,10 +168,11 @@ class Run:
     started_at: str | None = None
     finished_at: str | None = None
     parent: Mapping[str, Any] | None = None
-    steps: tuple[StepRun, ...] = field(default=())
+    steps: tuple[StepRun, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return {
+    def to_json(self, *, with_steps: bool = True) -> dict[str, Any]:
+        """Return the run as the API shows it; in lists without its steps, which were not read."""
+        body: dict[str, Any] = {
             "id": self.id,
             "workflow": self.workflow,
             "state": str(self.state),
@@ -185,8 +186,10 @@ class Run:
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
-            "steps": [step.to_json() for step in self.steps],
         }
+        if with_steps:
+            body["steps"] = [step.to_json() for step in self.steps]
+        return body
 
 
 def rfc3339(milliseconds: int | float | None) -> str | None:

@@ -6,6 +6,7 @@ The environment is read here, once, when `Settings.load` is called; never at imp
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,8 @@ from orchestrator.workflows import DEFAULT_POOL, unknown
 
 FILE_NAME = "orchestrator.toml"
 ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
+
+_POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,10 @@ class Settings:
         table, problems = _read_file(project / FILE_NAME)
         values: dict[str, Any] = {}
         kinds = _kinds()
+        for section in ("settings", "pools", "secrets"):
+            if not isinstance(table.get(section, {}), dict):
+                problems.append(f"{FILE_NAME}: {section}: must be a table, as in [{section}]")
+                table[section] = {}
         for name, value in table.get("settings", {}).items():
             _set(values, kinds, name, value, f"{FILE_NAME}: settings.{name}", problems)
         for name, text in environ.items():
@@ -101,6 +108,11 @@ class Settings:
             problems.append("broker_url is set but ledger_url is not; set it to the redis:// URL of the ledger")
         if not values.get("blobs_url", "file://").startswith("file://"):
             problems.append("blobs_url must be a file:// URL")
+        if not 0 <= values.get("port", 0) <= 65535:
+            problems.append(f"port must be at most 65535, not {values['port']}")
+        if not values.get("host", "x").strip():
+            problems.append("host must not be empty; 127.0.0.1 is this machine alone")
+        problems += [problem for name in ("broker_url", "ledger_url") for problem in _url_problems(name, values)]
         if problems:
             raise SettingsError("; ".join(problems))
         return cls(project=project, **values)
@@ -126,6 +138,16 @@ class Settings:
     def declared_pools(self) -> frozenset[str] | None:
         """The pools that a step may name; None when none is declared, and then any name is a pool."""
         return frozenset({DEFAULT_POOL, *self.pools}) if self.pools else None
+
+
+def _url_problems(name: str, values: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with a URL, without a piece of it: a password that is not quoted may be any piece."""
+    try:
+        port = urlsplit(values.get(name, "")).port
+    except ValueError:
+        port = -1
+    is_odd = port == -1 or values.get(name, "").count("@") > 1
+    return [f"{name} is not a URL; quote `@`, `/`, `:` and `#` in its password as %40, %2F, %3A, %23"] if is_odd else []
 
 
 def mask_url(url: str) -> str:
@@ -192,7 +214,9 @@ def _set(
 
 def _pools(table: Any, problems: list[str]) -> dict[str, PoolSettings]:
     pools = {}
-    for name, entry in table.items() if isinstance(table, dict) else ():
+    for name, entry in table.items():
+        if not _POOL_NAME.match(name):
+            problems.append(f"{FILE_NAME}: pools.{name!r}: use letters, digits, '_' and '-' in a pool's name")
         if not isinstance(entry, dict):
             problems.append(f"{FILE_NAME}: pools.{name}: must be a table, as in [pools.{name}]")
             continue
@@ -209,7 +233,7 @@ def _pools(table: Any, problems: list[str]) -> dict[str, PoolSettings]:
 
 def _secrets(table: Any, problems: list[str]) -> dict[str, str]:
     secrets = {}
-    for name, reference in table.items() if isinstance(table, dict) else ():
+    for name, reference in table.items():
         if not isinstance(reference, str) or not reference.startswith(("env:", "file:")):
             problems.append(f"{FILE_NAME}: secrets.{name}: must be env:NAME or file:PATH, never the secret itself")
             continue

@@ -33,7 +33,8 @@ from pydantic import ValidationError
 
 from orchestrator import schema
 from orchestrator.definitions import Definition, Lines, pattern_faults
-from orchestrator.errors import DefinitionError, Fault, TracingError
+from orchestrator.errors import DefinitionError, ExpressionError, Fault, TracingError
+from orchestrator.expressions import references
 from orchestrator.outputs import Output, Outputs
 from orchestrator.schema import FileTrigger, Place, later, nearest, shape_message
 from orchestrator.signatures import CONTEXT, argument_faults, param_of, parameters_of
@@ -234,6 +235,13 @@ class _Tracer:
         self._lines = Lines({(): self._code.co_firstlineno})
 
     def trace(self) -> Definition:
+        function = self._target.function
+        if any(
+            is_(function)
+            for is_ in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        ):
+            self._fault((), "a workflow is drawn by a plain function; take `async` and `yield` away")
+            return Definition(None, self._faults, self._lines)
         params, arguments = self._signature()
         output = None
         token = _tracer.set(self)
@@ -274,11 +282,18 @@ class _Tracer:
         checked = self._check_options(place, options)
         is_task = isinstance(target, Task)
         pool = target.pool if isinstance(target, Task) and "pool" not in options else checked.pool
+        with_ = {name: self._template((*place, "with", name), value) for name, value in given.items()}
+        if is_map and not self._reads_item(with_):
+            names = ", ".join(given) or "none"
+            message = (
+                f"`.map` gives its item to the first parameter, which is not free (given: {names}); use `item` in one"
+            )
+            self._fault((*place, "foreach"), message)
         self._steps[step_id] = Step(
             id=step_id,
             task=target.reference if is_task else None,
             workflow=None if is_task else target.reference,
-            with_={name: self._template((*place, "with", name), value) for name, value in given.items()},
+            with_=with_,
             needs=tuple(checked.needs),
             foreach=self._template((*place, "foreach"), over) if is_map else None,
             max_parallel=checked.max_parallel,
@@ -288,6 +303,13 @@ class _Tracer:
             description=checked.description,
         )
         return Output(step_id, step=step_id)
+
+    @staticmethod
+    def _reads_item(with_: Mapping[str, Any]) -> bool:
+        try:
+            return bool(references(dict(with_)).names & {"item", "index"})
+        except ExpressionError:
+            return True  # its fault is found with the workflow's others
 
     def _check_options(self, place: Place, options: Mapping[str, Any]) -> schema.Step:
         """Check options by the model that checks YAML; what does not fit is a fault and left out."""

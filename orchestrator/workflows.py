@@ -201,7 +201,8 @@ class Param(BaseModel):
         return base if self.enum is None else Annotated[base, AfterValidator(self._check_enum)]
 
     def _check_enum(self, value: Any) -> Any:
-        if value not in (self.enum or ()):
+        # To Python true is 1; to JSON it is not.
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.enum or ()):
             raise PydanticCustomError("enum", "must be one of {allowed}", {"allowed": str(self.enum)})
         return value
 
@@ -335,9 +336,10 @@ class Workflow:
                 graph[step.id] = tuple(up for up in step.upstream() if up in ids)
             except ExpressionError:
                 graph[step.id] = tuple(up for up in step.needs if up in ids)  # its fault is listed already
-        cycle = find_cycle(graph)
-        if cycle:
+        while cycle := find_cycle(graph):
             found.append((("steps", cycle[0]), f"the steps need each other in a circle: {' -> '.join(cycle)}"))
+            for step_id in cycle[1:]:
+                graph.pop(step_id)
         if self.has_output:
             allowed = {"event", "params", "run"}
             found += _expression_faults(("output",), self.output, ids, allowed=allowed, params=self.params)

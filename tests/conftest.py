@@ -104,7 +104,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def command(*arguments: str) -> list[str]:
     """Return the command line of `orchestrator ...`."""
-    return [sys.executable, "-m", "orchestrator", *arguments]
+    return [sys.executable, "-P", "-m", "orchestrator", *arguments]
 
 
 class WorkerProcess:

@@ -11,8 +11,11 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
 
 _current: ContextVar[Captured | None] = ContextVar("captured", default=None)
 
@@ -122,23 +125,30 @@ def install() -> None:
 class Flusher:
     """Keeps the text of an attempt that goes on for longer than a moment, once a second, so that it can be watched."""
 
-    def __init__(self, keep: Any) -> None:
-        self._keep = keep
-        self._captured: Captured | None = None
-        self._since = 0.0
+    def __init__(self) -> None:
+        self._watched: tuple[Captured, Callable[[str], None], float] | None = None
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, captured: Captured | None) -> None:
-        """Look after this text from now on; None for no more."""
-        self._captured = captured
-        self._since = time.monotonic()
-        if captured is not None and self._thread is None:
+    def watch(self, captured: Captured, keep: Callable[[str], None]) -> None:
+        """Look after this text from now on: give it to `keep` when there is more of it."""
+        self._watched = (captured, keep, time.monotonic())
+        if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name="log-flusher", daemon=True)
             self._thread.start()
 
+    def forget(self) -> None:
+        """Look after no text."""
+        self._watched = None
+
     def _loop(self) -> None:
         while not self._changed.wait(1.0):
-            captured = self._captured
-            if captured is not None and captured.is_dirty and time.monotonic() - self._since >= 1.0:
-                self._keep(captured)
+            watched = self._watched
+            if watched is None:
+                continue
+            captured, keep, since = watched
+            if captured.is_dirty and time.monotonic() - since >= 1.0:
+                try:
+                    keep(captured.text())
+                except Exception:  # this loop owns the thread: the text comes with the outcome
+                    logger.warning("log_not_kept", exc_info=True)

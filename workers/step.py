@@ -14,17 +14,26 @@ import logging
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import Task
+from celery.exceptions import Reject
 
 from orchestrator.celery_app import STEP_TASK
 from orchestrator.context import Context
 from orchestrator.engine import Engine
-from orchestrator.errors import ExpressionError, OrchestratorError, PayloadError, SettingsError, TaskNotFoundError
+from orchestrator.errors import (
+    ExpressionError,
+    OrchestratorError,
+    PayloadError,
+    SettingsError,
+    TaskNotFoundError,
+    UnavailableError,
+)
 from orchestrator.expressions import evaluate, references
 from orchestrator.ledger import Answer, Taken
 from orchestrator.ledger.ledger import How
@@ -38,9 +47,13 @@ from workers.slots import Slots
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 _RUNS_KNOWN = 128
 _TRACEBACK_CHARACTERS = 16_000
 _FRAME_LIMIT = 30
+#: How long to wait before a server that is away is asked again.
+_WAIT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -95,39 +108,61 @@ class StepRunner:
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
-        self._flusher = Flusher(self._keep_log)
-        self._now: tuple[_RunInfo, Taken] | None = None
+        self._flusher = Flusher()
 
     def carry(self, run: str, units: list[str]) -> None:
         """Run what a message carries, from its first unfinished unit on.
 
         Returns when there is nothing more for this process to do in this message. Whatever happens to the process,
-        what it had taken is found by its lease, and what it had made ready in the outbox.
+        what it had taken is found by its lease, and what it had made ready in the outbox. Raises UnavailableError if
+        the ledger is away for so long that nothing could be taken, or while the worker stops.
         """
         answer = self._ledger.begin(run, units, self._how(run, ""))
         links = 0
-        unit, names, unit_since = "", {}, 0.0  # type: str, dict[str, Any], float
-        while answer.taken is not None:
-            taken = answer.taken
-            info = self._info(run, taken)
-            self._engine.publish(run, info.plan, answer.publish)
-            now = time.monotonic()
-            if taken.unit != unit:
-                unit, unit_since = taken.unit, now
-                names = info.names | self._inputs(taken)
-                links += 1
-            if self._slots is not None:
-                self._slots.write(
-                    self._slot, fence=taken.fence, attempt=taken.attempt, index=taken.index, run=run, unit=unit,
-                    unit_since=unit_since,
-                )  # fmt: skip
-            answer = self._run(info, taken, names, links)
-        if self._slots is not None and links:
-            self._slots.clear(self._slot)
-        if answer.publish:
-            self._engine.publish(run, self._plan(run), answer.publish)
+        unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
+        try:
+            while answer.taken is not None:
+                taken = answer.taken
+                if taken.unit != unit:
+                    unit, names, inputs, unit_since = taken.unit, {}, taken.inputs, time.monotonic()
+                    links += 1
+                # Before all else, which may take long: from here on the parent renews the lease.
+                if self._slots is not None:
+                    self._slots.write(
+                        self._slot, fence=taken.fence, attempt=taken.attempt, index=taken.index, run=run, unit=unit,
+                        unit_since=unit_since,
+                    )  # fmt: skip
+                info = self._info(run, taken)
+                self._publish(run, answer.publish)
+                answer = self._run(info, taken, names, inputs, links)
+        finally:
+            if self._slots is not None and links:
+                self._slots.clear(self._slot)
+        self._publish(run, answer.publish)
         if answer.verdict not in ("ok", "go", "done", "held"):
             logger.info("message_dropped run=%s units=%s verdict=%s", run, units[:1], answer.verdict)
+
+    def _publish(self, run: str, units: Sequence[str]) -> None:
+        """Publish what has become ready; with the broker away it stays in the outbox, for the rescuer."""
+        if units:
+            try:
+                self._engine.publish(run, self._plan(run), units)
+            except UnavailableError as exc:
+                logger.warning("left_to_rescuer run=%s units=%d error=%s", run, len(units), exc)
+
+    def _insist(self, verb: Callable[[], _T]) -> _T:
+        """Do what a repeat does not harm until the servers allow it: a step that was run is not to be lost to them.
+
+        Raises UnavailableError only when the worker is to stop.
+        """
+        while True:
+            try:
+                return verb()
+            except UnavailableError as exc:
+                if self._slots is None or self._slots.is_draining:
+                    raise
+                logger.warning("step_waits error=%s", exc)
+                time.sleep(_WAIT_S)
 
     def _inline(self, links: int, taken: Taken) -> str:
         """Return the pool to take more of after what ran: none when draining, nor past the links of one message."""
@@ -159,11 +194,11 @@ class StepRunner:
             self._runs.popitem(last=False)
         return info
 
-    def _inputs(self, taken: Taken) -> dict[str, Any]:
+    def _inputs(self, inputs: list[Any]) -> dict[str, Any]:
         """Make the names of upstream steps: their outputs, and `steps` with their state, errors and output."""
         names: dict[str, Any] = {}
         steps: dict[str, Any] = {}
-        for step_id, state, value, failures in taken.inputs:
+        for step_id, state, value, failures in inputs:
             output = self._payloads.unpack_all(value) if isinstance(value, list) else self._payloads.unpack(value)
             errors = []
             for index, record in failures:
@@ -191,16 +226,21 @@ class StepRunner:
             names["secrets"] = _Secrets(self._settings.secrets, captured)
         return names
 
-    def _run(self, info: _RunInfo, taken: Taken, names: dict[str, Any], links: int) -> Answer:
-        """Run what was taken and record how it ended; answers what comes next."""
+    def _run(self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int) -> Answer:
+        """Run what was taken and record how it ended; answers what comes next.
+
+        `names` is filled from `inputs` for the first item of a part, and stays for the others.
+        """
         if taken.step == END:
-            return self._finish(info, taken, names)
+            return self._insist(lambda: self._finish(info, taken, inputs))
         step = info.plan.steps[taken.step]
         captured = Captured(self._settings.log_bytes)
         state, payload, tail = "succeeded", "", ""
         try:
             if taken.losses >= self._settings.maximum_losses:
                 raise WorkerLostError(f"the process that ran this step died {taken.losses} times; it is not run again")
+            if not names:
+                names |= info.names | self._inputs(inputs)
             if taken.index >= 0:
                 names["item"], names["index"] = self._item(info, taken), taken.index
             if step.is_fan_out and taken.index < 0:
@@ -212,19 +252,22 @@ class StepRunner:
             else:
                 arguments = evaluate(step.with_, self._names_for(info, step.with_, names, captured))
                 if step.workflow is not None:
-                    state, payload = "waiting", self._start_nested(info, taken, step, arguments)
+                    payload = self._insist(partial(self._start_nested, info, taken, step, arguments))
+                    state = "waiting"
                 else:
                     value = self._call(info, taken, step, arguments, captured)
                     payload = self._pack(info, taken, value)
-        except (Exception, SystemExit) as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
-            state = "failed"
+        except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
+            state, payload = "failed", ""
             error = describe_error(exc, self._settings.project)
             tail = f',"error":{captured.mask(json.dumps(error.to_json()))}'
             logger.info("step_failed run=%s step=%s error=%s", info.id, taken.slot, error.type)
-        return self._ledger.complete(
-            info.id, taken, state, payload=payload, tail=tail, log=captured.text(),
-            how=How(self._record, knows_run=True, known_chunk=self._known_chunk(info.id)),
-            inline=self._inline(links, taken),
+        return self._insist(
+            lambda: self._ledger.complete(
+                info.id, taken, state, payload=payload, tail=tail, log=captured.text(),
+                how=How(self._record, knows_run=True, known_chunk=self._known_chunk(info.id)),
+                inline=self._inline(links, taken),
+            )
         )  # fmt: skip
 
     def _is_wanted(
@@ -245,11 +288,13 @@ class StepRunner:
             raise ExpressionError(f"foreach must give a list, not {type(items).__name__}")
         ranges = parts(len(items), max_parallel=step.max_parallel)
         per, chunks = self._payloads.pack_items(items, self._blob(info, taken) + "-items") if items else (1, [])
-        return self._ledger.expand(
-            info.id, taken, len(items),
-            size=ranges[0][1] - ranges[0][0] if ranges else 1,
-            max_parallel=step.max_parallel or 0, per=per, chunks=chunks,
-            how=How(self._record, knows_run=True), inline=self._inline(links, taken),
+        return self._insist(
+            lambda: self._ledger.expand(
+                info.id, taken, len(items),
+                size=ranges[0][1] - ranges[0][0] if ranges else 1,
+                max_parallel=step.max_parallel or 0, per=per, chunks=chunks,
+                how=How(self._record, knows_run=True), inline=self._inline(links, taken),
+            )
         )  # fmt: skip
 
     def _known_chunk(self, run: str) -> str:
@@ -291,12 +336,11 @@ class StepRunner:
                 _load_event=lambda: self._load(info, "event", info.event_payload),
             )
         with captured:
-            self._now = (info, taken)
-            self._flusher.watch(captured)
+            self._flusher.watch(captured, partial(self._ledger.log, info.id, taken.slot, taken.attempt))
             try:
                 return function(**arguments)
             finally:
-                self._flusher.watch(None)
+                self._flusher.forget()
 
     def _pack(self, info: _RunInfo, taken: Taken, value: object) -> str:
         try:
@@ -304,20 +348,17 @@ class StepRunner:
         except PayloadError as exc:
             raise PayloadError(f"step {taken.slot}: its result is {exc}") from exc
 
-    def _keep_log(self, captured: Captured) -> None:
-        if self._now is not None:
-            info, taken = self._now
-            self._ledger.log(info.id, taken.slot, taken.attempt, captured.text())
-
-    def _finish(self, info: _RunInfo, taken: Taken, names: dict[str, Any]) -> Answer:
+    def _finish(self, info: _RunInfo, taken: Taken, inputs: list[Any]) -> Answer:
         """End the run: its state, its output, and word to the step that waits for it, if one does."""
-        plan, error, output = info.plan, "", None
+        plan, error, payload = info.plan, "", ""
         states = dict(zip(taken.chunk[::2], taken.chunk[1::2], strict=True))
         unhandled = plan.unhandled(states) if states else []
         if unhandled:
             error = json.dumps(self._ledger.failure(info.id, unhandled[0]))
         else:
             try:
+                names = info.names | self._inputs(inputs)
+                output: Any
                 if plan.workflow.has_output:
                     template = plan.workflow.output
                     output = evaluate(template, self._names_for(info, template, names, Captured(0)))
@@ -325,9 +366,11 @@ class StepRunner:
                     output = names[plan.leaves[0]]
                 else:
                     output = {leaf: names[leaf] for leaf in plan.leaves}
-            except OrchestratorError as exc:
+                payload = self._payloads.pack(output, self._blob(info, taken))
+            except UnavailableError:
+                raise
+            except Exception as exc:  # noqa: BLE001 -- whatever is wrong with it, the run is to end
                 error = json.dumps(StepError(type=type(exc).__name__, message=f"output: {exc}").to_json())
-        payload = self._payloads.pack(output, self._blob(info, taken))
         state = "failed" if error else "succeeded"
         verdict, parent = self._ledger.finish(info.id, taken, state, payload=payload, error=error)
         if verdict == "ok":
@@ -400,6 +443,13 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
         # trace_task would publish the rest of the chain after us; the ledger has it.
         self.request.chain = None
         if lo is not None:
-            self.runner.carry(run, [f"{step}/{lo}-{hi}"])
+            units = [f"{step}/{lo}-{hi}"]
         else:
-            self.runner.carry(run, [step, *(signature["args"][1] for signature in reversed(following))])
+            units = [step, *(signature["args"][1] for signature in reversed(following))]
+        try:
+            self.runner.carry(run, units)
+        except UnavailableError as exc:
+            # The message goes back: nothing but it may know of a unit that was not begun.
+            logger.warning("message_goes_back run=%s units=%s error=%s", run, units[:1], exc)
+            time.sleep(_WAIT_S)
+            raise Reject(str(exc), requeue=True) from exc

@@ -39,6 +39,8 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._renew_at = 0.0
         self._shared: dict[int, int] = {}
+        #: Pairs (pid, fence) that the last renewal found taken over.
+        self._gone: set[tuple[int, int]] = set()
         self._is_away = False
 
     def start(self) -> None:
@@ -86,8 +88,7 @@ class Watch:
             if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and self._shared.get(slot) != work.fence:
                 self._share(slot, work, now)
         if now >= self._renew_at:
-            self._renew(running)
-            self._renew_at = now + RENEW_S
+            self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
 
     def _give_up(self, slot: int, work: Work) -> None:
         give_up(self._engine, work)
@@ -105,7 +106,13 @@ class Watch:
         if units:
             _publish(self._engine, work.run, units)
 
-    def _renew(self, running: dict[int, Work]) -> None:
+    def _renew(self, running: dict[int, Work]) -> bool:
+        """Renew all leases; True if some were taken over and a second look is due.
+
+        A child whose unit is not its own is ended only when the next look finds the same: what it has completed a
+        moment ago is not its own either, until it has noted what it took next.
+        """
+        gone_before, self._gone = self._gone, set()
         by_run: dict[str, list[tuple[int, Work]]] = {}
         for slot, work in running.items():
             by_run.setdefault(work.run, []).append((slot, work))
@@ -113,9 +120,14 @@ class Watch:
             gone = self._engine.ledger.renew(run, [(work.unit, work.fence) for _, work in works])
             for slot, work in works:
                 again = self._slots.read(slot)
-                if work.unit in gone and again is not None and (again.pid, again.fence) == (work.pid, work.fence):
+                if work.unit not in gone or again is None or (again.pid, again.fence) != (work.pid, work.fence):
+                    continue
+                if (work.pid, work.fence) not in gone_before:
+                    self._gone.add((work.pid, work.fence))
+                else:
                     log.error("step_was_taken_over", pid=work.pid, run=run, unit=work.unit)
                     os.kill(work.pid, signal.SIGKILL)
+        return bool(self._gone)
 
 
 def give_up(engine: Engine, work: Work) -> None:

@@ -13,7 +13,7 @@ from celery import Celery, bootsteps, signals
 
 from orchestrator.celery_app import PRIORITIES, make_app, queue_name
 from orchestrator.engine import Engine
-from orchestrator.errors import DefinitionError
+from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.project import load_project
 from orchestrator.settings import Settings
 from workers import capture
@@ -92,7 +92,10 @@ def _prepare_children(
         engine, mine, slot = Engine(settings, app=app), Slots(slots.path, slots.count), int(current_process().index)
         before = mine.read(slot)
         if before is not None:  # the child whose place this one takes has died in a step
-            give_up(engine, before)
+            try:
+                give_up(engine, before)
+            except UnavailableError as exc:
+                log.warning("left_to_rescuer", run=before.run, unit=before.unit, error=str(exc))
             mine.clear(slot)
         task.runner = StepRunner(engine, pool=pool, worker=f"{worker}/{os.getpid()}", code=code, slots=mine, slot=slot)
 

@@ -22,7 +22,7 @@ from orchestrator.cli.access import (
     settings_of,
     with_servers,
 )
-from orchestrator.cli.output import duration, one_line, print_json, print_table
+from orchestrator.cli.output import duration, one_line, print_json, print_table, survive_any_text
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError
 from orchestrator.workflows import Workflow, unknown
 
@@ -217,12 +217,11 @@ def run(
 ) -> int:
     """Start a workflow by hand."""
     from orchestrator.bus import EventBus
-    from orchestrator.definitions import parse_duration
     from orchestrator.dispatcher import manual_event
     from orchestrator.runs import run_id
 
     given = _read_input(text)
-    seconds = parse_duration(timeout).total_seconds()
+    seconds = _seconds(timeout)
     settings = settings_of(project, data_dir)
     with engine_of(settings) as engine:
         known = engine.ledger.workflows()
@@ -231,6 +230,7 @@ def run(
         event = manual_event(name, given, event_id=key or str(uuid.uuid4()))
         # Checked here for the one who types it; the dispatcher checks it again.
         Workflow.from_json(known[name]["workflow"]).resolve_params(given, event.to_json())
+        _check_event(event)
         EventBus(engine.app).publish([event])
         run_key = run_id(name, event.source, event.id)
         if not wait:
@@ -245,16 +245,46 @@ def run(
 def _read_input(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    try:
-        content = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
-        given = json.loads(content)
-    except OSError as exc:
-        raise InputError(f"--input {text}: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise InputError(f"--input is not JSON: {exc}") from exc
+    given = _read_json("--input", text)
     if not isinstance(given, dict):
         raise InputError(f"--input must be a JSON object with the workflow's params, not {type(given).__name__}")
     return given
+
+
+def _read_json(option: str, text: str) -> Any:
+    """Return the value of an option that is JSON or @FILE. Raises InputError, also for what no event can carry."""
+    try:
+        value = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+        # Python reads more than JSON says: NaN, numbers beyond all bounds, halves of surrogate pairs.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except OSError as exc:
+        raise InputError(f"{option} {text}: {exc.strerror}") from exc
+    except UnicodeEncodeError as exc:
+        raise InputError(f"{option} is not JSON: it holds text that is not Unicode (a lone surrogate)") from exc
+    except ValueError as exc:
+        raise InputError(f"{option} is not JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise InputError(f"{option} is nested too deeply") from exc
+    return value
+
+
+def _check_event(event: Any) -> None:
+    """Raise InputError for an event that the dispatcher would set aside, as long as somebody is there to be told."""
+    body = type(event).from_json(event.to_json()).to_json()
+    for name in ("id", "source", "type", "subject"):
+        try:
+            str(body.get(name, "")).encode()
+        except UnicodeEncodeError as exc:
+            raise InputError(f"event: {name} is not Unicode text: {body[name]!r}") from exc
+
+
+def _seconds(timeout: str) -> float:
+    from orchestrator.durations import parse_duration
+
+    try:
+        return parse_duration(timeout).total_seconds()
+    except ValueError as exc:
+        raise InputError(f"--timeout {exc}") from exc
 
 
 def _wait(engine: Any, run_id: str, seconds: float, *, as_json: bool) -> int:
@@ -328,7 +358,7 @@ def runs_list(
             limit=limit, after=after, workflow=workflow, state=state
         )
     if as_json:
-        print_json({"items": [one.to_json() for one in found], "next": cursor})
+        print_json({"items": [one.to_json(with_steps=False) for one in found], "next": cursor})
         return
     rows = [
         (one.id, one.workflow, str(one.state), one.created_at, duration(one.created_at, one.finished_at))
@@ -392,9 +422,7 @@ def runs_wait(
     as_json: JsonOption = False,
 ) -> int:
     """Wait for the end of a run and exit with 0 if it succeeded."""
-    from orchestrator.definitions import parse_duration
-
-    seconds = parse_duration(timeout).total_seconds()
+    seconds = _seconds(timeout)
     with engine_of(settings_of(project, data_dir)) as engine:
         engine.ledger.plan_of(run_id)
         return _wait(engine, run_id, seconds, as_json=as_json)
@@ -414,8 +442,11 @@ def runs_logs(
 
     with engine_of(settings_of(project, data_dir)) as engine:
         queries = Queries(engine.ledger, engine.payloads)
+        steps = queries.run(run_id).steps
+        if step is not None and step not in [one.id for one in steps]:
+            raise NotFoundError(f"run {run_id} has no step {step!r}; it has {', '.join(one.id for one in steps)}")
         found = queries.logs(run_id, step, index)
-        failures = [one for one in queries.run(run_id).steps if one.error and (step is None or one.id == step)]
+        failures = [one for one in steps if one.error and (step is None or one.id == step)]
     if as_json:
         entries = []
         for slot, attempt, text in found:
@@ -501,15 +532,9 @@ def events_emit(
     from orchestrator.events import Event
 
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = None
-    if data is not None:
-        try:
-            given = json.loads(Path(data[1:]).read_text(encoding="utf-8") if data.startswith("@") else data)
-        except OSError as exc:
-            raise InputError(f"--data {data}: {exc.strerror}") from exc
-        except ValueError as exc:
-            raise InputError(f"--data is not JSON: {exc}") from exc
+    given = None if data is None else _read_json("--data", data)
     event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
+    _check_event(event)
     with engine_of(settings_of(project, data_dir)) as engine:
         EventBus(engine.app).publish([event])
     if as_json:
@@ -555,4 +580,4 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    survive_any_text()

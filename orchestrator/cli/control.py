@@ -18,7 +18,7 @@ import structlog
 from orchestrator.bus import EventBus
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
-from orchestrator.errors import DefinitionError, OrchestratorError
+from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.project import Project, code_files, definition_files, load_in_subprocess
@@ -37,11 +37,16 @@ _WALK_EVERY_S = 15.0
 
 
 def write_definitions(data_dir: Path, project: Project) -> None:
-    """Write the definitions in force, atomically."""
+    """Write the definitions in force, atomically. Raises UnavailableError."""
     body = {"workflows": [w.to_json() for w in project.workflows.values()], "code_hash": project.code_hash}
     draft = data_dir / f"{DEFINITIONS}.tmp"
-    draft.write_text(json.dumps(body))
-    draft.replace(data_dir / DEFINITIONS)
+    try:
+        draft.write_text(json.dumps(body))
+        draft.replace(data_dir / DEFINITIONS)
+    except OSError as exc:
+        raise UnavailableError(
+            f"cannot write to the data directory {data_dir}: {exc.strerror}; free space, or fix its permissions"
+        ) from exc
 
 
 def read_definitions(data_dir: Path) -> tuple[list[Workflow], str]:
@@ -174,7 +179,11 @@ class Control:
             return
         self._apply(list(project.workflows.values()))
         if self._is_part_of_up:
-            write_definitions(self._settings.data_dir, project)
+            try:
+                write_definitions(self._settings.data_dir, project)
+            except UnavailableError as exc:
+                say(f"definitions changed, but the workers stay with those before: {exc}")
+                return
         say(f"definitions changed: {len(project.workflows)} workflow(s) in force")
 
     def _tell_start(self, run: str, workflow: str, event: Event) -> None:

@@ -25,6 +25,7 @@ from orchestrator.cli.output import coloured, duration, one_line
 from orchestrator.errors import NotFoundError, OrchestratorError
 from orchestrator.events import Event
 from orchestrator.ledger.queries import Queries
+from orchestrator.modules import python_command
 from orchestrator.runs import Run, RunState
 
 _TIME_LIMIT_S = 90.0
@@ -111,7 +112,9 @@ def _examples() -> Path:
 def _up(project: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", "up", "--project", str(project)], stdout=output, stderr=output
+            python_command("from orchestrator.cli import main; main()", "up", "--project", str(project)),
+            stdout=output,
+            stderr=output,
         )
         try:
             yield process

@@ -27,6 +27,9 @@ from orchestrator.cli.access import load
 from orchestrator.cli.control import DEFINITIONS, read_definitions, say, write_definitions
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import AlreadyRunningError, DefinitionError, OrchestratorError, UnavailableError
+from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import connect
+from orchestrator.modules import python_command
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
 from orchestrator.workflows import OnFile
@@ -148,16 +151,23 @@ class Up:
                 f"the data directory {data_dir} is in use by `orchestrator up` (pid {holder}); "
                 "stop that one, or choose another with --data-dir"
             ) from exc
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+        except OSError as exc:
+            lock.detach().close()
+            raise UnavailableError(
+                f"cannot write to the data directory {data_dir}: {exc.strerror}; free space, "
+                "or choose another with --data-dir"
+            ) from exc
         return lock
 
     # The parts
 
     def _role(self, name: str, *arguments: str) -> _Part:
-        command = [sys.executable, "-m", "orchestrator", *arguments, "--project", str(self._settings.project)]
-        return _Part(name, command)
+        code = "from orchestrator.cli import main; main()"
+        return _Part(name, python_command(code, *arguments, "--project", str(self._settings.project)))
 
     def _start_server(self) -> None:
         if not self._settings.is_embedded:
@@ -176,7 +186,9 @@ class Up:
         assert url is not None
         client = redis.Redis.from_url(url, socket_timeout=2)
         until = time.monotonic() + _SERVER_START_S
-        while not _answers(client):
+        while not _answers(client) and not self._signals:
+            if _is_loading(client):  # as long as there is data to read, however much it is
+                until = time.monotonic() + _SERVER_START_S
             if not self._server.is_alive or time.monotonic() > until:
                 raise UnavailableError(
                     f"the embedded server did not start; see {data_dir / 'server' / 'valkey.log'} for its reason"
@@ -207,7 +219,7 @@ class Up:
         """Have a worker of the code's generation for each pool; those of an older one finish what they have."""
         self._definitions_seen = (self._settings.data_dir / DEFINITIONS).stat().st_mtime_ns
         workflows, generation = read_definitions(self._settings.data_dir)
-        pools = sorted({pool for workflow in workflows for pool in Plan.of(workflow).pools})
+        pools = sorted({pool for workflow in workflows for pool in Plan.of(workflow).pools} | self._pools_in_flight())
         current = {part.name for part in self._workers if not part.is_draining and part.generation == generation}
         for pool in pools:
             name = f"worker {pool}"
@@ -222,6 +234,19 @@ class Up:
             if not part.is_draining and (part.generation != generation or part.name.split(" ", 1)[1] not in pools):
                 part.is_draining = True
                 part.signal(signal.SIGTERM)
+
+    def _pools_in_flight(self) -> set[str]:
+        """Return the pools of the runs in flight, which go on with the plans that they started with."""
+        url = (
+            EmbeddedServer.url_of(self._settings.data_dir) if self._settings.is_embedded else self._settings.ledger_url
+        )
+        ledger = Ledger(connect(url or ""))
+        try:
+            return {pool for plan in ledger.plans_in_flight() for pool in ledger.plan(plan).pools}
+        except OrchestratorError:  # away, or unknown: keep what there is
+            return {part.name.split(" ", 1)[1] for part in self._workers}
+        finally:
+            ledger.client.close()
 
     def _look_after(self) -> None:
         if (self._settings.data_dir / DEFINITIONS).stat().st_mtime_ns != self._definitions_seen:
@@ -292,6 +317,16 @@ def _answers(client: redis.Redis) -> bool:
         return False
 
 
+def _is_loading(client: redis.Redis) -> bool:
+    try:
+        client.ping()
+    except redis.BusyLoadingError:
+        return True
+    except redis.RedisError:
+        return False
+    return False
+
+
 def _stop_leftover(data_dir: Path) -> None:
     """Stop a server that an `up` which was killed has left on this data directory, whose lock we hold."""
     url = EmbeddedServer.url_of(data_dir)
@@ -299,7 +334,7 @@ def _stop_leftover(data_dir: Path) -> None:
         return
     client = redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1)
     try:
-        if not _answers(client):
+        if not _answers(client) and not _is_loading(client):
             return
         client.shutdown(nosave=True)
     except redis.RedisError:
@@ -308,7 +343,7 @@ def _stop_leftover(data_dir: Path) -> None:
         client.close()
     until = time.monotonic() + _STOP_S
     while time.monotonic() < until:
-        if not _answers(client):
+        if not _answers(client) and not _is_loading(client):
             return
         time.sleep(0.05)
     raise OrchestratorError(f"the server that was left running on {data_dir} does not stop; stop it by hand")

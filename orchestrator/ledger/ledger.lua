@@ -242,6 +242,15 @@ function verbs.start()
   return { 'started', 'queued' }
 end
 
+-- refuse: retention_s, channel, run, then field/value pairs of the run. It has failed before its first step.
+function verbs.refuse()
+  if call('EXISTS', RUN) == 1 then return 0 end
+  call('HSET', RUN, 'state', 'failed', 'episode', '1', unpack(ARGV, 5))
+  call('EXPIRE', RUN, ARGV[2])
+  call('PUBLISH', ARGV[3], cjson.encode({ run = ARGV[4], workflow = call('HGET', RUN, 'workflow'), state = 'failed' }))
+  return 1
+end
+
 -- begin: lease_ms, record, known run, known chunk, then the units of the message in order
 function verbs.begin()
   local how = how_at(2)
@@ -264,8 +273,8 @@ function verbs.begin()
           return { 'done' }
         end
       end
-      local lease = call('ZSCORE', LEASES, unit)
-      if lease and tonumber(lease) > NOW then return { 'held' } end
+      -- Also when the lease has run out: the sweep, which knows whether it could be renewed, gives it up.
+      if call('ZSCORE', LEASES, unit) then return { 'held' } end
       local taken = take(unit, how, true)
       if taken then return { 'go', taken, {} } end
     end
@@ -285,7 +294,8 @@ function verbs.complete()
   local slot = lo and (step .. '/' .. int(index)) or step
   if lo and k ~= index then return { 'done' } end
   local ready = {}
-  local fresh = not ENDED[call('HGET', STATES, slot) or '']
+  local now = call('HMGET', STATES, slot, 'n:' .. slot)
+  local fresh = not ENDED[now[1] or ''] and not now[2] -- a fan-out that was expanded is ended by its items
   if fresh then
     if log ~= '' then call('HSET', LOGS, slot .. '@' .. (1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0)), log) end
     if state == 'waiting' then
@@ -296,6 +306,7 @@ function verbs.complete()
       if lo then end_item(step, index, state, ready) else settle(step, state, ready) end
     end
   elseif not lo then
+    call('ZREM', LEASES, unit)
     return { 'done' }
   end
   if not lo then
@@ -444,10 +455,11 @@ function verbs.give_back()
   return publish
 end
 
--- log: slot@attempt, text. Keeps the captured text, so far, of an attempt that goes on.
+-- log: slot, attempt, text. Keeps the captured text, so far, of an attempt that goes on.
 function verbs.log()
-  if call('EXISTS', LEASES) == 0 then return 0 end -- the run has ended meanwhile: leave no key behind
-  call('HSET', LOGS, ARGV[2], ARGV[3])
+  -- It has ended meanwhile: its whole text is there, and the run may have a TTL.
+  if call('HGET', STATES, ARGV[2]) ~= 'running' then return 0 end
+  call('HSET', LOGS, ARGV[2] .. '@' .. ARGV[3], ARGV[4])
   return 1
 end
 

@@ -149,7 +149,7 @@ class Ledger:
 
     def plan(self, plan_hash: str) -> Plan:
         """Return a stored plan. Raises NotFoundError."""
-        text = self.client.get(keys.plan_key(plan_hash))
+        text = self._guard(lambda: self.client.get(keys.plan_key(plan_hash)))
         if text is None:
             raise NotFoundError(f"plan {plan_hash} is not in the ledger")
         return Plan.from_json(str(text))
@@ -172,7 +172,7 @@ class Ledger:
 
     def workflow_plan(self, name: str) -> str:
         """Return the hash of the plan in force of a workflow. Raises NotFoundError."""
-        text = self.client.hget(keys.WORKFLOWS, name)
+        text = self._guard(lambda: self.client.hget(keys.WORKFLOWS, name))
         if text is None:
             raise NotFoundError(f"workflow {name!r} is not known here")
         return str(json.loads(text)["plan"])
@@ -209,19 +209,9 @@ class Ledger:
     ) -> bool:
         """Write a run that failed before its first step (its input was wrong); False if that run exists."""
         self._index(run, created_ms, active=False)
-        key = keys.run_key(run, "run")
-        with self.client.pipeline(transaction=True) as pipe:
-            pipe.hsetnx(key, "state", "failed")
-            pipe.exists(key)
-            created = bool(pipe.execute()[0])
-            if created:
-                fields = {"workflow": workflow, "plan": plan, "event": event, "event_id": event_id, "episode": 1}
-                fields |= {"created_at": created_ms, "finished_at": created_ms, "error": error}
-                pipe.hset(key, mapping=fields)
-                pipe.expire(key, self.retention_s)
-                pipe.publish(keys.RUN_ENDED, json.dumps({"run": run, "workflow": workflow, "state": "failed"}))
-                pipe.execute()
-        return created
+        fields = {"workflow": workflow, "plan": plan, "event": event, "event_id": event_id}
+        fields |= {"created_at": str(created_ms), "finished_at": str(created_ms), "error": error}
+        return bool(self._call(run, "refuse", self.retention_s, keys.RUN_ENDED, run, *_flat(fields)))
 
     def _index(self, run: str, created_ms: int, *, active: bool = True) -> None:
         with self.client.pipeline(transaction=False) as pipe:
@@ -232,16 +222,32 @@ class Ledger:
 
     def close(self, run: str) -> None:
         """Take a run that has ended, with an empty outbox, off the list of those in flight."""
-        self.client.zrem(keys.ACTIVE, run)
+        self._guard(lambda: self.client.zrem(keys.ACTIVE, run))
+
+    def drop(self, run: str, before_ms: int) -> None:
+        """Take an id without a run off that list, if it was put there before: a younger one may be just starting."""
+        created = self._guard(lambda: self.client.zscore(keys.ACTIVE, run))
+        if created is not None and created < before_ms:
+            self.close(run)
 
     def active(self) -> list[str]:
         """Return the runs in flight, oldest first."""
         return [str(run) for run in self._guard(lambda: self.client.zrange(keys.ACTIVE, 0, -1))]
 
+    def plans_in_flight(self) -> set[str]:
+        """Return the hashes of the plans that the runs in flight started with."""
+        with self.client.pipeline(transaction=False) as pipe:
+            for run in self.active():
+                pipe.hget(keys.run_key(run, "run"), "plan")
+            return {str(plan) for plan in self._guard(pipe.execute) if plan is not None}
+
     # Steps
 
     def begin(self, run: str, units: Sequence[str], how: How) -> Answer:
-        """Take the first unit of a message that has not ended. Verdicts: go, done, held, early, unknown."""
+        """Take the first unit of a message that has not ended. Verdicts: go, done, held, early, unknown.
+
+        A unit that was begun is held until the sweep (or `abandon`) has given up its lease, run out or not.
+        """
         return _answer(self._call(run, "begin", *how.argv(), *units))
 
     def complete(
@@ -299,22 +305,27 @@ class Ledger:
 
     def plan_of(self, run: str) -> str:
         """Return the hash of the plan that a run started with. Raises NotFoundError."""
-        plan = self.client.hget(keys.run_key(run, "run"), "plan")
+        plan = self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "plan"))
         if plan is None:
             raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
         return str(plan)
 
     def parent_of(self, run: str) -> str:
         """Return the JSON of the step that waits for a nested run; empty for other runs."""
-        return str(self.client.hget(keys.run_key(run, "run"), "parent") or "")
+        return str(self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "parent")) or "")
 
     def outcome(self, run: str) -> tuple[str, str, str]:
         """Return (state, payload of the output, JSON of the error) of a run; empty strings for what is not there."""
-        state, output, error = self.client.hmget(keys.run_key(run, "run"), "state", "output", "error")
+        fields = self._guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "output", "error"))
+        state, output, error = fields
         return state or "", output or "", error or ""
 
     def failure(self, run: str, step: str) -> dict[str, Any]:
         """Return the error of a failed step, or of its first failed item, with `step` and `index` in it."""
+        found: dict[str, Any] = self._guard(lambda: self._failure(run, step))
+        return found
+
+    def _failure(self, run: str, step: str) -> dict[str, Any]:
         count = self.client.hget(keys.run_key(run, "states"), f"n:{step}")
         slots = [step] if count is None else [f"{step}/{index}" for index in range(int(count))]
         for lo in range(0, len(slots), 1000):
@@ -357,7 +368,7 @@ class Ledger:
 
     def log(self, run: str, slot: str, attempt: int, text: str) -> None:
         """Keep the captured text, so far, of an attempt that is still going on."""
-        self._call(run, "log", f"{slot}@{attempt}", text)
+        self._call(run, "log", slot, attempt, text)
 
     # Events
 
@@ -383,7 +394,7 @@ class Ledger:
 
     def read(self, source: str) -> dict[str, str]:
         """Return the files that a watch has handled: path -> identity."""
-        return dict(self.client.hgetall(keys.marks_key(source)))
+        return dict(self._guard(lambda: self.client.hgetall(keys.marks_key(source))))
 
     def write(self, source: str, marks: Mapping[str, str]) -> None:
         """Mark files as handled. Raises UnavailableError."""

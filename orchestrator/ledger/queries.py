@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.errors import NotFoundError
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
-from orchestrator.payloads import Payloads
+from orchestrator.payloads import BlobNotFound, Payloads
 from orchestrator.plan import Plan
 from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
 from orchestrator.workflows import END
@@ -34,7 +34,7 @@ class Queries:
         if not fields:
             raise NotFoundError(f"run {run!r} is not known; see `orchestrator runs list`")
         steps: tuple[StepRun, ...] = ()
-        if with_steps:
+        if with_steps and "left" in fields:  # else it was refused before it had any
             plan = self._ledger.plan(fields["plan"])
             steps = tuple(self._step_run(run, plan, step_id) for step_id in plan.topological())
         return self._run(run, fields, steps)
@@ -81,8 +81,8 @@ class Queries:
             episode=int(fields["episode"]),
             event_id=fields["event_id"],
             plan=fields["plan"],
-            input=self._payloads.unpack(fields.get("input", "")),
-            output=self._payloads.unpack(fields.get("output", "")),
+            input=self._value(fields.get("input", "")),
+            output=self._value(fields.get("output", "")),
             error=json.loads(fields["error"]) if fields.get("error") else None,
             created_at=rfc3339(int(fields["created_at"])) or "",
             started_at=_time(fields.get("started_at")),
@@ -114,6 +114,13 @@ class Queries:
             for state in self._client.hmget(keys.run_key(run, "states"), fields):
                 yield state or "queued"
 
+    def _value(self, payload: str) -> Any:
+        """Return the value of a payload; None if its blob is lost: the rest of the run is still to be seen."""
+        try:
+            return self._payloads.unpack(payload)
+        except BlobNotFound:
+            return None
+
     def _slots(self, run: str, slots: Sequence[str], *, with_output: bool = True) -> list[StepRun]:
         """Read steps or items (`step/index`)."""
         with self._client.pipeline(transaction=False) as pipe:
@@ -143,7 +150,7 @@ class Queries:
                     worker=record.get("worker"),
                     code=record.get("code"),
                     error=record.get("error"),
-                    output=self._payloads.unpack(outputs[n] or "") if with_output else None,
+                    output=self._value(outputs[n] or "") if with_output else None,
                     run=nested[n],
                 )
             )

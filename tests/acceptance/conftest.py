@@ -29,13 +29,14 @@ class Up:
         self.log = project.parent / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *arguments: str, **env: str) -> None:
+    def start(self, *arguments: str, cwd: Path | None = None, **env: str) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command("up", "--project", str(self.project), *arguments),
                 stdout=log,
                 stderr=log,
                 env=environment(**env),
+                cwd=cwd,
             )
 
     def wait_ready(self) -> None:

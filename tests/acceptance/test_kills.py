@@ -20,7 +20,7 @@ from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.workflows import Step, Workflow
 from tests.acceptance.conftest import settle
-from tests.conftest import WorkerProcess, wait_until
+from tests.conftest import Server, WorkerProcess, wait_until
 
 TASKS = """
 import os, time
@@ -131,3 +131,41 @@ def test_a_long_step_of_a_live_worker_is_not_started_twice(
     rescuer.stop()
     assert len(record.read_text().splitlines()) == 1
     assert queries.run("r").steps[0].losses == 0
+
+
+def test_a_live_step_is_not_started_again_because_the_server_was_away(tmp_path: Path) -> None:
+    """Away for longer than a lease: nobody could renew it."""
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server")
+    server.start()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "tasks.py").write_text(TASKS)
+    record = tmp_path / "record"
+    settings = Settings.load(
+        project, environ={}, data_dir=tmp_path / "data", broker_url=server.url, ledger_url=server.url
+    )
+    engine = Engine(settings)
+    step = Step(id="long", task="tasks:note", with_={"record": str(record), "name": "long", "seconds": 30})
+    plan = Plan.of(Workflow(name="w", steps=(step,)))
+    engine.ledger.put_plan(plan)
+    rescuer = Rescuer(engine)
+    rescuer.start()
+    workers = [WorkerProcess(settings).start() for _ in range(2)]
+    try:
+        engine.start("r", plan, event={}, params={})
+        wait_until(record.exists, "the step has begun")
+        settle(2.0)
+        server.stop()
+        settle(13.0)
+        server.start()
+        queries = Queries(engine.ledger, engine.payloads)
+        wait_until(lambda: queries.run("r", with_steps=False).state.is_end, "the run ends", 60)
+        assert len(record.read_text().splitlines()) == 1
+        assert queries.run("r").steps[0].losses == 0
+    finally:
+        rescuer.stop()
+        for worker in workers:
+            worker.stop()
+        engine.close()
+        server.stop()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.acceptance.conftest import Up
-from tests.conftest import command, environment, wait_until
+from tests.conftest import command, environment, wait_until, write_project
 
 
 def test_the_demo_goes_as_it_should() -> None:
@@ -54,3 +54,24 @@ def test_the_commands_of_the_examples_work() -> None:
     assert ask("graph", "invoices", "--format", "dot").startswith('digraph "invoices"')
     assert "orchestrator.step" in ask("build", "invoices")
     assert "large_orders" in ask("workflows", "list")
+
+
+def test_a_project_may_lie_anywhere_and_have_files_named_as_the_standard_librarys(
+    make_up: Callable[[dict[str, str]], Up], tmp_path: Path
+) -> None:
+    project = tmp_path / "my próject ✓"
+    up = make_up({})
+    up.project, up.data_dir = project, project / ".orchestrator"
+    write_project(
+        project,
+        {
+            "email.py": "raise RuntimeError('not me')\n",
+            "queue.py": "raise RuntimeError('not me')\n",
+            "tasks.py": "def send():\n    return 'sent'\n",
+            "workflows/mail.yaml": "workflow: mail\nsteps:\n  send: {task: 'tasks:send'}\n",
+        },
+    )
+    # As a person who has gone into the project would: its folder is the current one.
+    up.start(cwd=project)
+    up.wait_ready()
+    assert json.loads(up.ask("run", "mail", "--wait", "--json"))["output"] == "sent"

@@ -7,15 +7,20 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import redis
 
+from orchestrator.cli import up as supervisor
+from orchestrator.embedded import EmbeddedServer
+from orchestrator.settings import Settings
 from tests.acceptance.conftest import Up
-from tests.conftest import command, environment, wait_until
+from tests.conftest import Server, command, environment, wait_until
 
 TASKS = """
 import os, time
@@ -262,6 +267,49 @@ def test_changed_code_is_a_new_generation_and_changed_definitions_are_put_in_for
         "workflow: version\nsteps:\n  a: {task: 'tasks:version'}\noutput: '{{ a + 10 }}'\n"
     )
     wait_until(lambda: run(up, "version")["output"] == 12, "the mended definition is in force", 60)
+
+
+def test_a_run_in_flight_keeps_the_pools_of_its_plan(up: Up, tmp_path: Path) -> None:
+    """The definition moves a step to another pool while a run of the one before has not come to it."""
+    record = tmp_path / "record"
+    flow = FILES["workflows/slow.yaml"]
+    path = up.project / "workflows" / "slow.yaml"
+    path.write_text(flow.replace("needs: [a]", "pool: other, needs: [a]"))
+    wait_until(lambda: "definitions changed" in up.text(), "the definition is in force")
+    up.ask("run", "slow", "--input", json.dumps({"record": str(record), "seconds": 6}))
+    wait_until(lambda: record.exists(), "the step has begun")
+    path.write_text(flow)
+    wait_until(lambda: up.text().count("definitions changed") == 2, "the definition is in force")
+    wait_until(lambda: [one["state"] for one in up.runs()] == ["succeeded"], "the run ends")
+
+
+def test_a_server_that_reads_its_data_is_waited_for(make_up: MakeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes, and not only as long as a server may take to answer at all."""
+    project = make_up(FILES).project
+    server = Server(project / ".orchestrator")
+    (project / ".orchestrator").mkdir()
+    server.start()
+    client = redis.Redis.from_url(server.url)
+    client.mset({f"key{n}": "x" * 200 for n in range(3000)})
+    client.bgrewriteaof()
+    wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"], "the file is written")
+    client.close()
+    server.stop()
+    plain = EmbeddedServer._configuration
+    slow = "key-load-delay 1000\nloading-process-events-interval-bytes 1024\n"
+    monkeypatch.setattr(EmbeddedServer, "_configuration", lambda self, *given: plain(self, *given) + slow)
+    monkeypatch.setattr(supervisor, "_SERVER_START_S", 1.0)
+    up = supervisor.Up(Settings.load(project, environ={}))
+    up._start_server()
+    part = up._server
+    assert part is not None
+    assert part.process is not None
+    took = time.monotonic() - part.started
+    part.process.kill()
+    part.process.wait()
+    assert part.output is not None
+    part.output.close()
+    assert took > 1.5
 
 
 def test_doctor_says_where_everything_is(up: Up) -> None:

@@ -112,6 +112,9 @@ def test_a_takeover_raises_the_fence_and_refuses_who_was_before(ledger: Ledger) 
     start(ledger, "r", step("a"))
     first = take(ledger, "r", "a", how=BRIEF)
     time.sleep(0.005)  # the lease of 1 ms has run out
+    # A message that comes again takes nothing over: only the sweep knows whether leases could be renewed.
+    assert ledger.begin("r", ["a"], HOW).verdict == "held"
+    assert ledger.sweep("r")[1] == ["a"]
     second = take(ledger, "r", "a")
     assert second.fence > first.fence
     assert ledger.complete("r", first, "failed", how=HOW, inline="").verdict == "refused"
@@ -266,6 +269,73 @@ def test_a_nested_run_may_end_before_its_step_was_noted_as_waiting(ledger: Ledge
     taken = take(ledger, "r", "a")
     assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="").publish == ("b",)
     assert ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="").verdict == "done"
+
+
+def test_a_nested_run_that_ended_early_leaves_no_lease_to_be_lost(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"))
+    taken = take(ledger, "r", "a")
+    ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="")
+    ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="")
+    assert not ledger.client.exists(keys.run_key("r", "leases"))
+
+
+def test_a_fan_out_that_was_expanded_is_ended_by_its_items_alone(ledger: Ledger) -> None:
+    start(ledger, "r", step("f", foreach=[0]), step("g", "f"))
+    taken = take(ledger, "r", "f")
+    answer = ledger.expand("r", taken, 2, size=2, max_parallel=0, per=2, chunks=["[1,2]"], how=HOW, inline="")
+    # The answer of the server was lost, and its caller gave up.
+    assert ledger.complete("r", taken, "failed", how=HOW, inline="").verdict == "done"
+    part = take(ledger, "r", *answer.publish)
+    for _ in range(2):
+        part = ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="default").taken or part
+    assert states(ledger, "r")["f"] == "succeeded"
+    assert part.unit == "g"
+
+
+def test_a_run_that_is_looked_at_while_it_starts_stays_in_flight(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.of(Workflow(name="w", steps=(step("a"),)))
+    call = ledger._call
+
+    def call_late(run: str, *argv: str | int) -> Any:
+        if argv[0] == "start":
+            monkeypatch.undo()
+            engine.repair(run)
+        return call(run, *argv)
+
+    monkeypatch.setattr(ledger, "_call", call_late)
+    now = time.time_ns() // 1_000_000
+    assert ledger.start("r", plan, event="{}", event_id="e", run_input="{}", created_ms=now)
+    assert ledger.active() == ["r"]
+
+
+def test_an_id_without_a_run_is_dropped_in_the_end(engine: Engine, ledger: Ledger) -> None:
+    ledger.client.zadd(keys.ACTIVE, {"nobody": 1})
+    engine.repair("nobody")
+    assert ledger.active() == []
+
+
+def test_a_run_that_failed_at_once_is_whole_and_does_not_touch_one_that_is_there(ledger: Ledger) -> None:
+    given = {"workflow": "w", "plan": "p", "event": "{}", "event_id": "e", "created_ms": 5, "error": "{}"}
+    assert ledger.start_failed("x", **given)
+    assert not ledger.start_failed("x", **given)
+    assert ledger.client.hget(keys.run_key("x", "run"), "state") == "failed"
+    assert ledger.client.ttl(keys.run_key("x", "run")) > 0
+    start(ledger, "r", step("a"))
+    assert not ledger.start_failed("r", **given)
+    assert ledger.client.ttl(keys.run_key("r", "run")) == -1
+    assert ledger.client.hget(keys.run_key("r", "run"), "error") is None
+
+
+def test_text_that_comes_after_the_outcome_does_not_replace_it(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b"))
+    a = take(ledger, "r", "a")
+    take(ledger, "r", "b")
+    ledger.log("r", "a", 1, "half")
+    ledger.complete("r", a, "succeeded", log="all of it", how=HOW, inline="")
+    ledger.log("r", "a", 1, "half")
+    assert ledger.client.hget(keys.run_key("r", "logs"), "a@1") == "all of it"
 
 
 def test_after_its_end_every_key_of_a_run_has_a_ttl(ledger: Ledger) -> None:

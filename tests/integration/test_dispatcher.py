@@ -206,3 +206,18 @@ def test_the_threads_of_dispatcher_and_rescuer_end(place: Place) -> None:
     names = {thread.name for thread in threading.enumerate()}
     assert not names & {"dispatcher", "rescuer"}
     assert Queries(place.engine.ledger, place.engine.payloads).runs(limit=1)
+
+
+def test_an_event_that_cannot_be_dispatched_is_set_aside_and_holds_nothing_up(
+    place: Place, dispatcher: Dispatcher
+) -> None:
+    """Numbers that JSON does not have, and ids that are no text: Python's own json writes and reads both."""
+    dispatcher.apply([workflow("w", on=(OnEvent(pattern={"type": ["t"]}),))])
+    dispatcher.start()
+    client = place.engine.ledger.client
+    before = client.llen(keys.SET_ASIDE)
+    good = event()
+    EventBus(place.engine.app).publish([event(data=float("nan")), event(id="\ud800"), good])
+    wait_until(lambda: client.exists(keys.seen_key(good.key)), "the good event was dispatched")
+    assert client.llen(keys.SET_ASIDE) == before + 2
+    assert client.llen(EVENT_QUEUE) == 0

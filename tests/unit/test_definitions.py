@@ -285,6 +285,16 @@ def test_a_circle_is_shown_with_its_path():
     assert shown(text) == ["3: steps.a: the steps need each other in a circle: a -> c -> b -> a"]
 
 
+def test_every_circle_is_shown():
+    """One per circle, not only the first."""
+    text = "workflow: w\nsteps:\n"
+    text += "".join(f"  {a}: {{task: 't:a', needs: [{b}]}}\n" for a, b in (("a", "b"), ("b", "a"), ("c", "c")))
+    assert shown(text) == [
+        "3: steps.a: the steps need each other in a circle: a -> b -> a",
+        "5: steps.c: the steps need each other in a circle: c -> c",
+    ]
+
+
 def test_all_faults_of_a_file_come_at_once():
     """What is wrong in shape does not hide what is wrong in meaning."""
     text = (
@@ -422,3 +432,10 @@ def test_no_text_raises(text):
     """Whatever is in a file, it is read or has a fault."""
     found = read(text)
     assert found.faults or found.workflow
+
+
+@pytest.mark.parametrize(("enum", "value"), [([1, "a"], True), ([False], 0)])
+def test_true_is_not_the_number_one(enum, value):
+    """As in JSON Schema."""
+    assert Param(enum=enum).problems(value)
+    assert not Param(enum=[*enum, value]).problems(value)

@@ -27,6 +27,9 @@ def test_an_event_comes_back_from_its_json_with_its_extensions() -> None:
         ({"type": 3}, "type must be a string that is not empty"),
         ({"subject": 3}, "subject must be a string"),
         ({"time": 3}, "time must be a string"),
+        ({"data": [float("nan")]}, "it is not JSON"),
+        ({"data": {"n": float("inf")}}, "it is not JSON"),
+        ({"id": "\udcff"}, "a text in it is not Unicode"),
     ],
 )
 def test_what_is_no_event_is_refused(change: dict[str, object], message: str) -> None:

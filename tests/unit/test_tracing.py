@@ -242,6 +242,16 @@ def test_text_with_an_output_in_it_is_a_template():
     assert with_of(lambda: anything(x=f"rows/{split('a')}")) == {"$text": "rows/{{ split }}"}
 
 
+@pytest.mark.parametrize("write", [lambda out: f"n = {out!r}", lambda out: f"n = {[out]}", lambda out: str({"a": out})])
+def test_the_repr_of_an_output_does_not_become_data(write):
+    """A list's or a mapping's text has it too; no run could tell what was meant."""
+    found = faults_of(lambda: anything(x=write(anything())))
+    assert [(field, message[:40]) for _, field, message in found] == [
+        ("steps.anything_2.with.x", "<Output anything> was put into text by i")
+    ]
+    assert with_of(lambda: anything(x="<Output anything>")) == "<Output anything>"
+
+
 @pytest.mark.parametrize(
     "value",
     [

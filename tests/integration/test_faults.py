@@ -1,0 +1,239 @@
+"""What workers, their watch and the rescuer make of blobs that are lost and of servers that refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from orchestrator.engine import Engine
+from orchestrator.expressions import parse
+from orchestrator.ledger.ledger import How
+from orchestrator.ledger.queries import Queries
+from orchestrator.plan import Plan
+from orchestrator.rescuer import Rescuer
+from orchestrator.runs import RunState
+from orchestrator.settings import Settings
+from orchestrator.workflows import Step, Workflow
+from tests.conftest import Server, WorkerProcess, wait_until
+from tests.integration.conftest import TASKS, Place
+from workers.slots import Slots
+from workers.step import StepRunner
+from workers.watch import Watch
+
+HOW = How('{"worker":"w"')
+
+
+def step(step_id: str, task: str = "echo", *needs: str, with_: Any = None, **options: Any) -> Step:
+    given = {name: parse(value) if isinstance(value, str) else value for name, value in (with_ or {}).items()}
+    return Step(id=step_id, task=f"tasks:{task}", with_=given, needs=needs, **options)
+
+
+def test_an_output_that_is_not_json_fails_the_run(place: Place) -> None:
+    run = place.run(Workflow(name="w", steps=(step("a"),), output=parse("{{ 1e308 * 10 }}"), has_output=True))
+    assert run.state is RunState.FAILED
+    assert run.error is not None
+    assert "inf" in run.error["message"]
+
+
+def test_a_blob_that_is_lost_fails_what_reads_it_and_the_run(place: Place, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    run = place.start(
+        Workflow(
+            name="w",
+            steps=(
+                step("a", "big", with_={"characters": 100_000}),
+                step("b", "wait_for", "a", with_={"path": str(gate)}),
+                step("c", "length", "b", with_={"value": "{{ a }}"}),
+                step("d", "echo", "c"),
+            ),
+        )
+    )
+    blobs = place.settings.blobs_dir / "runs" / run
+    wait_until(lambda: list(blobs.glob("a-*")), "the blob is there")
+    for blob in blobs.glob("a-*"):
+        blob.unlink()
+    gate.touch()
+    found = place.end(run)
+    assert {one.id: str(one.state) for one in found.steps}["c"] == "failed"
+    assert found.error is not None
+    assert found.error["type"] == "BlobNotFound"
+
+
+def test_whatever_a_step_raises_is_its_failure(place: Place) -> None:
+    (place.settings.project / "odd.py").write_text(
+        "import asyncio\ndef cancelled():\n    raise asyncio.CancelledError('gone')\n"
+    )
+    run = place.run(Workflow(name="w", steps=(Step(id="a", task="odd:cancelled"),)))
+    (one,) = run.steps
+    assert (str(one.state), one.losses) == ("failed", 0)
+
+
+# The ledger refuses for a while, the broker does not ---------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger_server(tmp_path: Path) -> Iterator[Server]:
+    directory = tmp_path / "ledger"
+    directory.mkdir()
+    made = Server(directory)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def apart(settings: Settings, ledger_server: Server) -> Iterator[Engine]:
+    """An engine whose ledger and broker are two servers, with the tasks in its project."""
+    (settings.project / "tasks.py").write_text(TASKS)
+    made = Engine(settings.evolve(ledger_url=ledger_server.url), patience_s=2.0)
+    yield made
+    made.close()
+
+
+def _refuse(server: Server, *, refuses: bool) -> None:
+    client = redis.Redis.from_url(server.url)
+    client.config_set("maxmemory", "1" if refuses else "0")
+    client.close()
+
+
+def _end(engine: Engine, run: str, timeout_s: float) -> Any:
+    queries = Queries(engine.ledger, engine.payloads)
+    wait_until(lambda: queries.run(run, with_steps=False).state.is_end, f"run {run} ends", timeout_s)
+    return queries.run(run)
+
+
+def _start(engine: Engine, *steps: Step) -> str:
+    plan = Plan.of(Workflow(name="w", steps=steps))
+    engine.ledger.put_plan(plan)
+    assert engine.start("r", plan, event={}, params={})
+    return "r"
+
+
+def test_a_message_is_not_lost_to_a_ledger_that_refuses(
+    apart: Engine, ledger_server: Server, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    run = _start(apart, step("a", with_={"value": 1}))
+    _refuse(ledger_server, refuses=True)
+    worker = WorkerProcess(apart.settings).start()
+    try:
+        wait_until(lambda: "message_goes_back" in worker.log.read_text(), "the message was taken")
+        _refuse(ledger_server, refuses=False)
+        assert _end(apart, run, 15).output == 1
+    finally:
+        assert worker.stop() == 0
+
+
+def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_server: Server, tmp_path: Path) -> None:
+    gate, record = tmp_path / "gate", tmp_path / "record"
+    run = _start(
+        apart,
+        step("a", "stamp", with_={"record": str(record), "name": "a", "seconds": 1.0}),
+        step("b", "wait_for", "a", with_={"path": str(gate)}),
+    )
+    worker = WorkerProcess(apart.settings).start()
+    try:
+        wait_until(lambda: apart.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
+        _refuse(ledger_server, refuses=True)
+        wait_until(lambda: "step_waits" in worker.log.read_text(), "the step has ended")
+        _refuse(ledger_server, refuses=False)
+        gate.touch()
+        assert _end(apart, run, 15).state is RunState.SUCCEEDED
+        assert len(record.read_text().splitlines()) == 1
+    finally:
+        assert worker.stop() == 0
+
+
+# The watch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that stands for the child of a worker."""
+    made = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield made
+    made.kill()
+    made.wait()
+
+
+def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
+    engine: Engine, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("f", foreach=[0, 1, 2]),))))
+    assert engine.start("r", plan, event={}, params={})
+    first = engine.ledger.begin("r", ["f"], HOW).taken
+    assert first is not None
+    answer = engine.ledger.expand("r", first, 3, size=3, max_parallel=0, per=3, chunks=["[0,1,2]"], how=HOW, inline="")
+    taken = engine.ledger.begin("r", answer.publish, HOW).taken
+    assert taken is not None
+    slots = Slots.create(1)
+    monkeypatch.setattr("workers.slots.os.getpid", lambda: child.pid)
+
+    def note(fence: int, index: int) -> None:
+        now = time.monotonic()
+        slots.write(0, fence=fence, attempt=1, index=index, run="r", unit=taken.unit, unit_since=now)
+
+    watch = Watch(engine, slots)
+    note(taken.fence, 0)
+    following = engine.ledger.complete("r", taken, "succeeded", payload="1", how=HOW, inline="default").taken
+    assert following is not None
+    now = time.monotonic()
+    watch.round(now)  # it has completed the item, and not yet noted what it took next
+    assert child.poll() is None
+    note(following.fence, 1)
+    watch.round(now + 10)
+    watch.round(now + 20)
+    assert child.poll() is None
+    # Somebody really takes over: now it is ended.
+    assert engine.ledger.abandon("r", taken.unit, following.fence)
+    assert engine.ledger.begin("r", [taken.unit], HOW).taken is not None
+    watch.round(now + 30)
+    watch.round(now + 40)
+    assert child.wait(timeout=5) == -9
+    slots.close()
+
+
+def test_what_was_taken_is_watched_while_the_rest_is_published(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publishing a large fan-out may take longer than a lease."""
+    (settings.project / "tasks.py").write_text(TASKS)
+    plan = Plan.of(Workflow(name="w", steps=(step("a"), step("b", "echo", "a"), step("c", "echo", "a"))))
+    engine.ledger.put_plan(plan)
+    assert engine.start("r", plan, event={}, params={})
+    slots = Slots.create(1)
+    runner = StepRunner(engine, pool="default", worker="w", code="", slots=slots, slot=0)
+    seen = []
+
+    def publish(run: str, plan: Plan, units: Sequence[str]) -> None:
+        work = slots.read(0)
+        seen.append((list(units), work and work.unit))
+
+    monkeypatch.setattr(engine, "publish", publish)
+    runner.carry("r", ["a"])
+    assert seen[0] == (["c"], "b")
+    assert slots.read(0) is None
+    slots.close()
+
+
+# The rescuer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_run_does_not_end_the_care_for_the_others(engine: Engine, settings: Settings) -> None:
+    plans = [Plan.of(Workflow(name=name, steps=(step("a"),))) for name in ("bad", "good")]
+    for plan in plans:
+        engine.ledger.put_plan(plan)
+        assert engine.ledger.start(
+            plan.workflow.name, plan, event="{}", event_id="e", run_input="{}", created_ms=len(plan.workflow.name)
+        )
+    engine.ledger.client.set(f"orchestrator:plan:{plans[0].hash}", "{}")
+    time.sleep(5.1)  # the rows in the outbox are old enough
+    rescuer = Rescuer(engine)
+    assert rescuer.round() == 1
+    rescuer.stop()

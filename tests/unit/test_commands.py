@@ -1,0 +1,83 @@
+"""What the command line makes of its arguments, and how it prints."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli.commands import app
+from orchestrator.cli.output import print_json
+from orchestrator.errors import InputError
+from tests.conftest import command, environment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "is not JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"n": NaN}', "is not JSON"),
+        ('{"n": 1e999}', "is not JSON"),
+        ('{"s": "\\ud800"}', "lone surrogate"),
+        ("[" * 100_000, "nested too deeply"),
+        ("@/nowhere/x.json", "No such file"),
+        ("@/", "Is a directory"),
+    ],
+)
+def test_an_input_that_no_event_can_carry_is_refused(text, message):
+    """Also what Python's own reader takes: it would be refused by everybody behind."""
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["run", "w", "--input", text], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", [["run", "w"], ["runs", "wait", "x"]])
+def test_a_timeout_that_is_no_duration_is_one_line(command):
+    """And not a traceback."""
+    with pytest.raises(InputError, match=r"--timeout must be a duration.*'5x'"):
+        CliRunner().invoke(app, [*command, "--timeout", "5x"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_value_is_printed_as_json(monkeypatch, encoding):
+    """Half a surrogate pair is JSON by its escape, and a terminal may know ASCII only."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    value = {"a": "\ud800", "ü": "✓"}
+    print_json(value)
+    sys.stdout.flush()
+    assert json.loads(written.getvalue()) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--type", ""], "type must be a string that is not empty"),
+        (["--type", "t", "--source", ""], "source must be"),
+        (["--type", "t", "--id", "\udcff"], "is not Unicode"),
+        (["--type", "t", "--data", "NaN"], "--data is not JSON"),
+    ],
+)
+def test_an_event_that_would_be_set_aside_is_not_emitted(options, message):
+    """The one who emits it is told."""
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["events", "emit", *options], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["validat"], "No such command 'validat'"),
+        (["init"], "Missing argument"),
+        (["validate", "--bogus"], "No such option"),
+        (["runs", "list", "--limit", "0"], "Invalid value"),
+    ],
+)
+def test_a_usage_error_is_one_line(arguments: list[str], message: str) -> None:
+    """The exit code of a usage error is 2, as everywhere."""
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
