@@ -25,9 +25,25 @@ def queue_name(pool: str, priority: str = "normal") -> str:
     return f"orchestrator.{pool}.{priority}"
 
 
+class _App(Celery):  # type: ignore[misc]  # celery has no types
+    """Celery whose broker is that of our settings alone.
+
+    Celery reads CELERY_BROKER_URL, its READ and WRITE forms and CELERY_RESULT_BACKEND before its own configuration:
+    where somebody runs a Celery of theirs, these are set, and they are not meant for us.
+    """
+
+    backend_cls = "disabled"
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_read(url or self.conf.get("broker_read_url"), **options)
+
+    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
+        return super().connection_for_write(url or self.conf.get("broker_write_url"), **options)
+
+
 def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
     """Return a Celery application on the broker of `settings`; with `pool`, one whose workers take its steps."""
-    app = Celery("orchestrator", broker=settings.broker_url, set_as_current=False)
+    app = _App("orchestrator", broker=settings.broker_url, set_as_current=False)
     options: dict[str, Any] = {}
     if settings.broker_url.startswith(("redis", "unix", "valkey")):
         options = {
@@ -39,6 +55,8 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
             "socket_keepalive": True,
         }
     app.conf.update(
+        broker_read_url=settings.broker_url,
+        broker_write_url=settings.broker_url,
         broker_transport_options=options,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

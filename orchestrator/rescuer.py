@@ -7,6 +7,7 @@ leaves them there are published again, and so are units whose lease ran out. Bot
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import structlog
 
@@ -18,6 +19,8 @@ log = structlog.get_logger(__name__)
 
 PERIOD_S = 1.0
 _HOUSEKEEPING_ROUNDS = 600
+#: Runs looked at in one round trip.
+_BATCH = 200
 
 
 class Rescuer:
@@ -68,7 +71,7 @@ class Rescuer:
     def round(self) -> int:
         """Look once at every run in flight and return how many units were published again."""
         published = 0
-        for run in self._engine.ledger.active():
+        for run in self._needing_care():
             if self._stop.is_set():
                 break
             try:
@@ -85,3 +88,8 @@ class Rescuer:
                 log.warning("units_published_again", run=run, units=again, lost=lost)
                 published += again
         return published
+
+    def _needing_care(self) -> Iterator[str]:
+        runs = self._engine.ledger.active()
+        for lo in range(0, len(runs), _BATCH):
+            yield from self._engine.ledger.needing_care(runs[lo : lo + _BATCH])

@@ -1,7 +1,8 @@
 """Capture: what a step prints and logs, kept per attempt, bounded, with secrets masked.
 
-Each thread that runs a step has its own text (a context variable), so that steps in a pool of threads do not mix. What
-is written outside a step goes where it always went.
+Each thread that runs a step has its own text (a context variable); threads that a step starts, which have none, write
+to that of the step which began last in this process. What is written outside a step goes where it always went, and so
+does the output of programs that a step starts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TextIO
+from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
 _current: ContextVar[Captured | None] = ContextVar("captured", default=None)
+_latest: list[Captured] = []
+
+
+def _captured() -> Captured | None:
+    return _current.get() or (_latest[-1] if _latest else None)
+
 
 #: Loggers whose lines are about the worker and not about the step.
 _OURS = ("celery", "kombu", "amqp", "billiard", "orchestrator", "workers", "redis", "asyncio")
@@ -64,10 +71,12 @@ class Captured:
 
     def __enter__(self) -> Captured:
         self._token = _current.set(self)
+        _latest.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         _current.reset(self._token)
+        _latest.remove(self)
 
 
 class _Stream(io.TextIOBase):
@@ -75,14 +84,14 @@ class _Stream(io.TextIOBase):
         self._outside = outside
 
     def write(self, text: str) -> int:
-        captured = _current.get()
+        captured = _captured()
         if captured is None:
             return self._outside.write(text)
         captured.write(text)
         return len(text)
 
     def flush(self) -> None:
-        if _current.get() is None:
+        if _captured() is None:
             self._outside.flush()
 
     def fileno(self) -> int:
@@ -96,10 +105,28 @@ class _Stream(io.TextIOBase):
 
     encoding = "utf-8"
 
+    @property
+    def buffer(self) -> _Bytes:
+        """What writes bytes (`sys.stdout.buffer`) is captured as text too."""
+        return _Bytes(self)
+
+
+class _Bytes(io.RawIOBase):
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        text = bytes(content)
+        self._stream.write(text.decode("utf-8", "replace"))
+        return len(text)
+
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        captured = _current.get()
+        captured = _captured()
         if captured is None or record.name.split(".", 1)[0] in _OURS:
             return
         try:

@@ -38,7 +38,7 @@ class Watch:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._renew_at = 0.0
-        self._shared: dict[int, int] = {}
+        self._shared: dict[int, tuple[str, int]] = {}
         #: Pairs (pid, fence) that the last renewal found taken over.
         self._gone: set[tuple[int, int]] = set()
         self._is_away = False
@@ -85,7 +85,8 @@ class Watch:
                 self._give_up(slot, work)
                 continue
             running[slot] = work
-            if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and self._shared.get(slot) != work.fence:
+            is_shared = self._shared.get(slot) == (work.run, work.fence)
+            if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and not is_shared:
                 self._share(slot, work, now)
         if now >= self._renew_at:
             self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
@@ -102,7 +103,7 @@ class Watch:
         done = work.index - first
         size = max(1, int(done * SHARE_AFTER_S / 2 / (now - work.unit_since)))
         units = self._engine.ledger.give_back(work.run, work.unit, work.fence, size)
-        self._shared[slot] = work.fence
+        self._shared[slot] = (work.run, work.fence)
         if units:
             _publish(self._engine, work.run, units)
 

@@ -172,8 +172,9 @@ local function final_states() -- {step, state, ...} if a step failed: whether th
   return found
 end
 
--- how: {lease_ms, record, known run, known chunk}. Takes a unit that is ready or was lost, and says what to run.
-local function take(unit, how, with_inputs)
+-- how: {lease_ms, record, known run, known chunk}. Takes a unit that is ready or was lost, and says what to run. With
+-- `goes_on` it is the next item of a part that the caller holds already: the same fence, and no inputs again.
+local function take(unit, how, goes_on)
   local step, lo, hi = split(unit)
   local fence, k, end_ = held(unit)
   if lo then
@@ -181,7 +182,7 @@ local function take(unit, how, with_inputs)
     while k < hi and ENDED[call('HGET', STATES, step .. '/' .. int(k)) or ''] do k = k + 1 end
     if k >= hi then return nil end
   end
-  fence = call('HINCRBY', RUN, 'fence', 1)
+  if not goes_on then fence = call('HINCRBY', RUN, 'fence', 1) end
   hold(unit, fence, k or 0, hi or 0)
   call('ZADD', LEASES, NOW + how[1], unit)
   call('ZREM', OUTBOX, unit)
@@ -195,7 +196,7 @@ local function take(unit, how, with_inputs)
   if call('HGET', RUN, 'state') == 'queued' then call('HSET', RUN, 'state', 'running') end
   return {
     unit, fence, lo and k or -1, attempt, losses, NOW,
-    with_inputs and inputs(step) or {},
+    goes_on and {} or inputs(step),
     how[3] == '1' and {} or meta(),
     lo and chunk(step, k, how[4]) or (step == END and final_states() or {}),
     lo and tonumber(call('HGET', STATES, 'n:' .. step)) or 0,
@@ -210,7 +211,7 @@ local function go_on(ready, inline, how, verdict)
   for _, unit in ipairs(ready) do
     local pool = graph((split(unit)))[1]
     if inline ~= '' and #taken == 0 and (pool == inline or pool == '*') then
-      taken = take(unit, how, true) or {}
+      taken = take(unit, how) or {}
     else
       call('ZADD', OUTBOX, NOW, unit)
       publish[#publish + 1] = unit
@@ -275,7 +276,7 @@ function verbs.begin()
       end
       -- Also when the lease has run out: the sweep, which knows whether it could be renewed, gives it up.
       if call('ZSCORE', LEASES, unit) then return { 'held' } end
-      local taken = take(unit, how, true)
+      local taken = take(unit, how)
       if taken then return { 'go', taken, {} } end
     end
   end
@@ -324,7 +325,7 @@ function verbs.complete()
     return go_on(ready, '', how, 'ok')
   end
   local answer = go_on(ready, '', how, 'ok')
-  answer[2] = take(unit, how, false) or {}
+  answer[2] = take(unit, how, true) or {}
   if #answer[2] == 0 then call('ZREM', LEASES, unit) end
   return answer
 end
@@ -401,6 +402,14 @@ local function lose(unit) -- whoever ran this unit is gone: it is to be publishe
   call('ZREM', LEASES, unit)
   call('ZADD', OUTBOX, NOW, unit)
   call('HINCRBY', ATTEMPTS, (lo and (step .. '/' .. int(k)) or step) .. '#l', 1)
+end
+
+-- look: age_ms. Answers 1 if a sweep would find something, or the run is not in flight.
+function verbs.look()
+  local state = call('HGET', RUN, 'state')
+  if state ~= 'queued' and state ~= 'running' then return 1 end
+  if call('ZCOUNT', OUTBOX, '-inf', NOW - tonumber(ARGV[2])) > 0 then return 1 end
+  return call('ZCOUNT', LEASES, '-inf', NOW) > 0 and 1 or 0
 end
 
 -- sweep: age_ms. Answers {state, units to publish again, how many of them were lost, rows left in the outbox}.

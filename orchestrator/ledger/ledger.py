@@ -361,6 +361,19 @@ class Ledger:
         """Give back the items of a part that were not begun, as parts of `size`; answers the new units."""
         return list(self._call(run, "give_back", unit, fence, size))
 
+    def needing_care(self, runs: Sequence[str], outbox_age_ms: int = OUTBOX_AGE_MS) -> list[str]:
+        """Answer those of many runs that `sweep` would find something in, or that are not in flight; one round trip."""
+        if not runs:
+            return []
+        text, sha = _script()
+        self._guard(lambda: self.client.script_load(text))
+        with self.client.pipeline(transaction=False) as pipe:
+            for run in runs:
+                run_keys = keys.run_keys(run)
+                pipe.evalsha(sha, len(run_keys), *run_keys, "look", outbox_age_ms)
+            answers = self._guard(pipe.execute)
+        return [run for run, answer in zip(runs, answers, strict=True) if answer]
+
     def sweep(self, run: str, outbox_age_ms: int = OUTBOX_AGE_MS) -> tuple[str, list[str], int, int]:
         """Answer (state or "", units to publish again, how many of them were lost, rows in the outbox)."""
         state, again, lost, left = self._call(run, "sweep", outbox_age_ms)

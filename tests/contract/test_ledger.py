@@ -138,6 +138,18 @@ def test_the_sweep_finds_lost_leases_once_and_counts_the_loss(ledger: Ledger) ->
     assert take(ledger, "r", "a").losses == 1
 
 
+def test_of_many_runs_only_those_that_need_care_are_named(ledger: Ledger) -> None:
+    for run in ("quiet", "lost", "waiting"):
+        start(ledger, run, step("a"), step("b", "a"))
+    take(ledger, "quiet", "a")
+    take(ledger, "lost", "a", how=BRIEF)
+    ledger.complete("waiting", take(ledger, "waiting", "a"), "succeeded", how=HOW, inline="")
+    time.sleep(0.005)
+    assert ledger.needing_care(["quiet", "lost", "waiting", "nobody"], 60_000) == ["lost", "nobody"]
+    assert ledger.needing_care(["quiet", "lost", "waiting"], 1) == ["lost", "waiting"]
+    assert ledger.needing_care([]) == []
+
+
 def test_a_live_lease_is_not_swept_and_renewing_keeps_it(ledger: Ledger) -> None:
     start(ledger, "r", step("a"))
     taken = take(ledger, "r", "a", how=How('{"worker":"w"', lease_ms=200))

@@ -71,6 +71,12 @@ def talk(context):
         "event": context.event.id, "key": context.idempotency_key, "deadline": context.deadline,
     }
 
+def talk_in_threads():
+    import concurrent.futures
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(print, ["from", "threads"]))
+    sys.stdout.buffer.write(b"bytes\\n")
+
 def chatter(characters):
     print("x" * characters)
 

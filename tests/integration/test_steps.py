@@ -215,6 +215,12 @@ def test_what_a_step_prints_and_logs_is_kept(place: Place) -> None:
     assert text.splitlines() == ["printed", "to stderr", "INFO mine: logged", "WARNING w.t: by context"]
 
 
+def test_threads_of_a_step_and_bytes_are_captured_too(place: Place) -> None:
+    run = place.run(workflow(step("t", "talk_in_threads")))
+    ((_, _, text),) = place.queries.logs(run.id)
+    assert sorted(text.splitlines()) == ["bytes", "from", "threads"]
+
+
 def test_captured_text_is_bounded_and_says_so(place: Place) -> None:
     run = place.run(workflow(step("t", "chatter", with_={"characters": 200_000})))
     ((_, _, text),) = place.queries.logs(run.id)
