@@ -16,7 +16,9 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TextIO
 
-logger = logging.getLogger(__name__)
+import structlog
+
+log = structlog.get_logger(__name__)
 
 _current: ContextVar[Captured | None] = ContextVar("captured", default=None)
 _latest: list[Captured] = []
@@ -178,4 +180,4 @@ class Flusher:
                 try:
                     keep(captured.text())
                 except Exception:  # this loop owns the thread: the text comes with the outcome
-                    logger.warning("log_not_kept", exc_info=True)
+                    log.warning("log_not_kept", exc_info=True)

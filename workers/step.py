@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 from celery import Task
 from celery.exceptions import Reject
 
@@ -45,7 +46,7 @@ from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
 from workers.slots import Slots
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -140,7 +141,7 @@ class StepRunner:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
         if answer.verdict not in ("ok", "go", "done", "held"):
-            logger.info("message_dropped run=%s units=%s verdict=%s", run, units[:1], answer.verdict)
+            log.info("message_dropped", run=run, unit=units[0], verdict=answer.verdict)
 
     def _publish(self, run: str, units: Sequence[str]) -> None:
         """Publish what has become ready; with the broker away it stays in the outbox, for the rescuer."""
@@ -148,7 +149,7 @@ class StepRunner:
             try:
                 self._engine.publish(run, self._plan(run), units)
             except UnavailableError as exc:
-                logger.warning("left_to_rescuer run=%s units=%d error=%s", run, len(units), exc)
+                log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))
 
     def _insist(self, verb: Callable[[], _T]) -> _T:
         """Do what a repeat does not harm until the servers allow it: a step that was run is not to be lost to them.
@@ -161,7 +162,7 @@ class StepRunner:
             except UnavailableError as exc:
                 if self._slots is None or self._slots.is_draining:
                     raise
-                logger.warning("step_waits error=%s", exc)
+                log.warning("step_waits", error=str(exc))
                 time.sleep(_WAIT_S)
 
     def _inline(self, links: int, taken: Taken) -> str:
@@ -261,7 +262,7 @@ class StepRunner:
             state, payload = "failed", ""
             error = describe_error(exc, self._settings.project)
             tail = f',"error":{captured.mask(json.dumps(error.to_json()))}'
-            logger.info("step_failed run=%s step=%s error=%s", info.id, taken.slot, error.type)
+            log.info("step_failed", run=info.id, step=taken.slot, error=error.type)
         return self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(),
@@ -450,6 +451,6 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
             self.runner.carry(run, units)
         except UnavailableError as exc:
             # The message goes back: nothing but it may know of a unit that was not begun.
-            logger.warning("message_goes_back run=%s units=%s error=%s", run, units[:1], exc)
+            log.warning("message_goes_back", run=run, unit=units[0], error=str(exc))
             time.sleep(_WAIT_S)
             raise Reject(str(exc), requeue=True) from exc

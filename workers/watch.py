@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 
 import structlog
 
@@ -28,13 +27,12 @@ SHARE_AFTER_S = 0.5
 
 
 class Watch:
-    """The loop. `is_orphan` is asked each round; when it says yes, `on_orphan` is called once."""
+    """The loop. A worker whose parent is no longer the `up` with `up_pid` is told to stop."""
 
-    def __init__(self, engine: Engine, slots: Slots, *, on_orphan: Callable[[], None] | None = None) -> None:
+    def __init__(self, engine: Engine, slots: Slots, *, up_pid: int | None = None) -> None:
         self._engine = engine
         self._slots = slots
-        self._parent = os.getppid()
-        self._on_orphan = on_orphan
+        self._up_pid = up_pid
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._renew_at = 0.0
@@ -58,10 +56,10 @@ class Watch:
 
     def _loop(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            if self._on_orphan is not None and os.getppid() != self._parent:
-                log.warning("supervisor_is_gone")
-                self._on_orphan()
-                self._on_orphan = None
+            if self._up_pid is not None and os.getppid() != self._up_pid:
+                log.warning("up_is_gone")
+                self._up_pid = None
+                os.kill(os.getpid(), signal.SIGTERM)
             try:
                 self.round(time.monotonic())
                 if self._is_away:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
+import warnings
 from typing import Any
 
 import structlog
 from billiard.process import current_process
 from celery import Celery, bootsteps, signals
+from celery.exceptions import SecurityWarning
 
 from orchestrator.celery_app import PRIORITIES, make_app, queue_name
 from orchestrator.engine import Engine
@@ -24,15 +25,18 @@ from workers.watch import Watch, give_up
 log = structlog.get_logger(__name__)
 
 
-def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None, die_with_parent: bool = False) -> int:
+def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None, up_pid: int | None = None) -> int:
     """Run the worker of a pool until it is told to stop (SIGTERM, SIGINT); returns its exit code. Blocks.
 
+    With `up_pid` it also stops when its parent is no longer the `up` with that pid.
     SIGTERM: takes nothing new, lets steps in progress finish, leaves their successors to others. Raises DefinitionError
     if the project does not load.
     """
     project = load_project(settings.project, pools=settings.declared_pools)
     if project.faults:
         raise DefinitionError(project.faults)
+    # Celery warns of root because of pickle; nothing here is ever unpickled.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     size = concurrency or settings.concurrency(pool)
     slots = Slots.create(size)
     try:
@@ -44,7 +48,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         watch = Watch(
             Engine(settings, app=app, patience_s=2.0),
             slots,
-            on_orphan=(lambda: os.kill(os.getpid(), signal.SIGTERM)) if die_with_parent else None,
+            up_pid=up_pid,
         )
         app.steps["worker"].add(_watch_step(watch, slots))
         worker = app.Worker(

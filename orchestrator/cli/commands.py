@@ -34,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+#: A part of `up` ends when the `up` with this pid is no longer its parent.
+UpPidOption = Annotated[int, typer.Option("--up-pid", hidden=True)]
+
 runs = typer.Typer(help="Look at runs.", no_args_is_help=True)
 events = typer.Typer(help="Look at events, and emit your own.", no_args_is_help=True)
 workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
@@ -154,11 +157,11 @@ def up(
 
 
 @app.command(hidden=True)
-def control(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
-    """Run dispatcher, rescuer and triggers in one process, as `up` does."""
+def control(up_pid: UpPidOption, project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
+    """Run dispatcher, rescuer and triggers in one process, as a part of `up`."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), is_part_of_up=True).run()
+    return Control(with_servers(settings_of(project, data_dir)), up_pid=up_pid).run()
 
 
 @app.command()
@@ -183,7 +186,7 @@ def worker(
     data_dir: DataDirOption = None,
     pool: Annotated[str, typer.Option(help="The pool whose steps it takes.")] = "default",
     concurrency: Annotated[int | None, typer.Option(min=1, help="How many steps at a time.")] = None,
-    part_of_up: Annotated[bool, typer.Option("--part-of-up", hidden=True)] = False,
+    up_pid: UpPidOption = 0,
 ) -> int:
     """Run a worker of one pool, in production."""
     from orchestrator.telemetry import configure_logging
@@ -191,7 +194,7 @@ def worker(
 
     configure_logging()
     settings = with_servers(settings_of(project, data_dir))
-    return run_worker(settings, pool, concurrency=concurrency, die_with_parent=part_of_up)
+    return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
 
 
 @app.command()

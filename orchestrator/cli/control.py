@@ -97,14 +97,13 @@ def _mtime(path: Path) -> int:
 
 
 class Control:
-    """Dispatcher and rescuer, or triggers, or both, until told to stop."""
+    """Dispatcher and rescuer, or triggers, or both, until told to stop, or until `up`, if it has one, is gone."""
 
     def __init__(
-        self, settings: Settings, *, has_dispatcher: bool = True, has_triggers: bool = True, is_part_of_up: bool = False
+        self, settings: Settings, *, has_dispatcher: bool = True, has_triggers: bool = True, up_pid: int | None = None
     ) -> None:
         self._settings = settings
-        self._is_part_of_up = is_part_of_up
-        self._parent = os.getppid()
+        self._up_pid = up_pid
         self._stop = threading.Event()
         engine = Engine(settings)
         self._engine = engine
@@ -124,7 +123,7 @@ class Control:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         watched = _Watched(self._settings.project)
-        if self._is_part_of_up:
+        if self._up_pid is not None:
             workflows, _ = read_definitions(self._settings.data_dir)
         else:
             project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
@@ -140,8 +139,8 @@ class Control:
                 self._dispatcher.start()
                 teller.start()
             while not self._stop.wait(_PERIOD_S):
-                if self._is_part_of_up and os.getppid() != self._parent:
-                    log.warning("supervisor_is_gone")
+                if self._up_pid is not None and os.getppid() != self._up_pid:
+                    log.warning("up_is_gone")
                     break
                 if watched.has_changed():
                     self._reload()
@@ -178,7 +177,7 @@ class Control:
                 say(f"  {fault}")
             return
         self._apply(list(project.workflows.values()))
-        if self._is_part_of_up:
+        if self._up_pid is not None:
             try:
                 write_definitions(self._settings.data_dir, project)
             except UnavailableError as exc:
@@ -200,9 +199,17 @@ class Control:
                         message: Any = listener.get_message(timeout=0.5)
                         if message is not None:
                             told = json.loads(message["data"])
-                            say(f"run {told['run']} of {told['workflow']} {told['state']}")
+                            say(f"run {told['run']} of {told['workflow']} {told['state']}{_reason(told['error'])}")
             except (redis.RedisError, OSError):
                 self._stop.wait(1.0)  # the others say that the server is away
+
+
+def _reason(error: str) -> str:
+    if not error:
+        return ""
+    found = json.loads(error)
+    where = f" in {found['step']}" if found.get("step") else ""
+    return f"{where}: {found['type']}: {found['message'].splitlines()[0] if found['message'] else ''}"
 
 
 def say(line: str) -> None:

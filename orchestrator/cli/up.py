@@ -167,7 +167,8 @@ class Up:
 
     def _role(self, name: str, *arguments: str) -> _Part:
         code = "from orchestrator.cli import main; main()"
-        return _Part(name, python_command(code, *arguments, "--project", str(self._settings.project)))
+        ours = ("--up-pid", str(os.getpid()), "--project", str(self._settings.project))
+        return _Part(name, python_command(code, *arguments, *ours))
 
     def _start_server(self) -> None:
         if not self._settings.is_embedded:
@@ -224,9 +225,7 @@ class Up:
         for pool in pools:
             name = f"worker {pool}"
             if name not in current:
-                worker = self._role(
-                    name, "worker", "--pool", pool, "--part-of-up", "--data-dir", str(self._settings.data_dir)
-                )
+                worker = self._role(name, "worker", "--pool", pool, "--data-dir", str(self._settings.data_dir))
                 worker.generation = generation
                 worker.start()
                 self._workers.append(worker)

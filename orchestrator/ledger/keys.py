@@ -41,7 +41,7 @@ WORKFLOWS = f"{PREFIX}:workflows"
 EVENTS = f"{PREFIX}:events"
 #: Messages on the bus that were no events; permanent.
 SET_ASIDE = f"{PREFIX}:set-aside"
-#: Channel on which the end of each run is told.
+#: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
 
 #: Every key that has no TTL although no run is in flight.

@@ -222,6 +222,11 @@ end
 
 local function how_at(i) return { tonumber(ARGV[i]), ARGV[i + 1], ARGV[i + 2], ARGV[i + 3] }, ARGV[i + 4] end
 
+local function tell(channel, run, state, problem) -- that a run has ended; problem: JSON or ""
+  local told = { run = run, workflow = call('HGET', RUN, 'workflow'), state = state, error = problem }
+  call('PUBLISH', channel, cjson.encode(told))
+end
+
 local verbs = {}
 
 -- start: n, then n pairs (graph), m, then m roots, then field/value pairs of the run
@@ -248,7 +253,7 @@ function verbs.refuse()
   if call('EXISTS', RUN) == 1 then return 0 end
   call('HSET', RUN, 'state', 'failed', 'episode', '1', unpack(ARGV, 5))
   call('EXPIRE', RUN, ARGV[2])
-  call('PUBLISH', ARGV[3], cjson.encode({ run = ARGV[4], workflow = call('HGET', RUN, 'workflow'), state = 'failed' }))
+  tell(ARGV[3], ARGV[4], 'failed', call('HGET', RUN, 'error') or '')
   return 1
 end
 
@@ -386,7 +391,7 @@ function verbs.finish()
   local parent = call('HGET', RUN, 'parent') or ''
   if parent ~= '' then call('ZADD', OUTBOX, NOW, '^parent') end
   for _, key in ipairs(KEYS) do call('EXPIRE', key, retention) end
-  call('PUBLISH', channel, cjson.encode({ run = ARGV[8], workflow = call('HGET', RUN, 'workflow'), state = state }))
+  tell(channel, ARGV[8], state, problem)
   return { 'ok', parent }
 end
 
