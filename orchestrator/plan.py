@@ -137,8 +137,9 @@ class Plan:
                     ready.append(below)
         return order
 
+    @cached_property
     def graph_rows(self) -> dict[str, str]:
-        """Return, per step, what the ledger needs of it, as JSON: [pool, rule, upstreams, [downstream], [read], flags].
+        """Per step, what the ledger needs of it, as JSON: [pool, rule, upstreams, [downstream], [read], flags].
 
         `read` names the steps whose output or state the step's expressions read; flags: f = fan-out.
         """

@@ -196,7 +196,7 @@ class Ledger:
         run, which the rescuer drops, and whoever caused the run tries again.
         """
         self._index(run, created_ms)
-        rows = plan.graph_rows()
+        rows = plan.graph_rows
         fields: dict[str, str] = {"workflow": plan.workflow.name, "plan": plan.hash, "state": "queued"}
         fields |= {"event": event, "event_id": event_id, "input": run_input}
         if parent is not None:
