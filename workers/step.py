@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +111,11 @@ class StepRunner:
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
         self._flusher = Flusher()
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether the worker is to stop and nothing further shall be begun."""
+        return self._slots is not None and self._slots.is_draining
+
     def carry(self, run: str, units: list[str]) -> None:
         """Run what a message carries, from its first unfinished unit on.
 
@@ -160,14 +165,14 @@ class StepRunner:
             try:
                 return verb()
             except UnavailableError as exc:
-                if self._slots is None or self._slots.is_draining:
+                if self._slots is None or self.is_draining:
                     raise
                 log.warning("step_waits", error=str(exc))
                 time.sleep(_WAIT_S)
 
     def _inline(self, links: int, taken: Taken) -> str:
         """Return the pool to take more of after what ran: none when draining, nor past the links of one message."""
-        if self._slots is not None and self._slots.is_draining:
+        if self.is_draining:
             return ""
         return self._pool if links < MAX_LINKS or taken.index >= 0 else ""
 
@@ -251,7 +256,7 @@ class StepRunner:
             elif not self._is_wanted(info, step, names, captured, per_item=step.is_fan_out):
                 state = "skipped"
             else:
-                arguments = evaluate(step.with_, self._names_for(info, step.with_, names, captured))
+                arguments = _copy(evaluate(step.with_, self._names_for(info, step.with_, names, captured)))
                 if step.workflow is not None:
                     payload = self._insist(partial(self._start_nested, info, taken, step, arguments))
                     state = "waiting"
@@ -261,7 +266,8 @@ class StepRunner:
         except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
             state, payload = "failed", ""
             error = describe_error(exc, self._settings.project)
-            tail = f',"error":{captured.mask(json.dumps(error.to_json()))}'
+            error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))
+            tail = f',"error":{json.dumps(error.to_json())}'
             log.info("step_failed", run=info.id, step=taken.slot, error=error.type)
         return self._insist(
             lambda: self._ledger.complete(
@@ -334,7 +340,7 @@ class StepRunner:
                 attempt=taken.attempt,
                 index=taken.index if taken.index >= 0 else None,
                 logger=logging.getLogger(f"{info.plan.workflow.name}.{taken.step}"),
-                _load_event=lambda: self._load(info, "event", info.event_payload),
+                _load_event=lambda: _copy(self._load(info, "event", info.event_payload)),
             )
         with captured:
             self._flusher.watch(captured, partial(self._ledger.log, info.id, taken.slot, taken.attempt))
@@ -384,6 +390,15 @@ class StepRunner:
     @staticmethod
     def _blob(info: _RunInfo, taken: Taken) -> str:
         return f"runs/{info.id}/{taken.slot}-{taken.fence}"
+
+
+def _copy(value: Any) -> Any:
+    """Return JSON data of which nothing is shared: a step may change what it is given, and others are given it too."""
+    if isinstance(value, dict):
+        return {key: _copy(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [_copy(element) for element in value]
+    return value
 
 
 class WorkerLostError(OrchestratorError):
@@ -440,6 +455,8 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
     runner: StepRunner
 
     def run(self, run: str, step: str, lo: int | None = None, hi: int | None = None) -> None:
+        if self.runner.is_draining:
+            raise Reject("the worker stops", requeue=True)  # taken before it was told so; others begin it
         following = self.request.chain or []
         # trace_task would publish the rest of the chain after us; the ledger has it.
         self.request.chain = None

@@ -193,6 +193,27 @@ def test_sigterm_lets_a_step_finish_and_the_run_goes_on_at_the_next_start(up: Up
     assert record.read_text().split() == ["begin", "end", "after"]
 
 
+def test_what_was_taken_and_not_begun_is_given_back_on_sigterm(up: Up, tmp_path: Path) -> None:
+    records = [tmp_path / f"record{n}" for n in range(5)]
+    runs = [
+        up.ask("run", "slow", "--input", json.dumps({"record": str(record), "seconds": 6})).strip()
+        for record in records
+    ]
+
+    def begun() -> list[Path]:
+        return [record for record in records if record.exists()]
+
+    wait_until(lambda: len(begun()) == 2, "two steps have begun")  # and the worker has taken the others too
+    assert up.stop() == 0
+    assert len(begun()) == 2
+    assert all(record.read_text().split() == ["begin", "end"] for record in begun())
+    up.start()
+    up.wait_ready()
+    for run_id, record in zip(runs, records, strict=True):
+        assert json.loads(up.ask("runs", "wait", run_id, "--json"))["state"] == "succeeded"
+        assert record.read_text().split() == ["begin", "end", "after"]
+
+
 def test_a_step_that_outlasts_the_grace_period_is_taken_up_again(make_up: MakeUp, tmp_path: Path) -> None:
     record = tmp_path / "record"
     up = make_up(FILES | {"orchestrator.toml": "[settings]\ngrace_s = 1\n"})

@@ -71,6 +71,12 @@ def talk(context):
         "event": context.event.id, "key": context.idempotency_key, "deadline": context.deadline,
     }
 
+def spoil(values, item, event_data, context):
+    """Change everything that was given, and say what it was before."""
+    before = [list(values), dict(item), dict(event_data), dict(context.event.data)]
+    values.clear(); item.clear(); event_data.clear(); context.event.data.clear()
+    return before
+
 def talk_in_threads():
     import concurrent.futures
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -82,6 +88,8 @@ def chatter(characters):
 
 def whisper(secret):
     print("the secret is", secret)
+    assert secret == 'hun"ter2'
+
     raise RuntimeError(f"leaked {secret}")
 
 @dataclasses.dataclass
@@ -150,7 +158,7 @@ def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     project = tmp_path_factory.mktemp("place") / "project"
     project.mkdir()
     (project / "tasks.py").write_text(TASKS)
-    (project / "secret.txt").write_text("hunter2\n")
+    (project / "secret.txt").write_text('hun"ter2\n')
     (project / "orchestrator.toml").write_text(f'[secrets]\nTOKEN = "file:{project}/secret.txt"\n')
     # A database of its own: the tests beside these empty theirs.
     url = server.url.removesuffix("/0") + "/1"
