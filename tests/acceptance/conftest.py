@@ -65,19 +65,17 @@ class Up:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def parts(self) -> dict[str, psutil.Process]:
-        """Return the processes by name: server, control, worker (the parent)."""
+    def pid_of(self, part: str) -> int | None:
+        """Return the pid of the server, the control process or the worker (its parent); None if it is not there."""
+        sign = {"server": "valkey-server", "control": " control ", "worker": " worker "}[part]
         assert self.process is not None
-        found = {}
         for child in psutil.Process(self.process.pid).children():
             try:
-                line = " ".join(child.cmdline())
+                if sign in " ".join(child.cmdline()):
+                    return child.pid
             except psutil.Error:
                 continue
-            for name, sign in (("server", "valkey-server"), ("control", " control "), ("worker", " worker ")):
-                if sign in line:
-                    found[name] = child
-        return found
+        return None
 
     def family(self, least: int) -> list[psutil.Process]:
         """Return all processes below `up`; none while there are fewer than `least`."""

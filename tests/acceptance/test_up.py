@@ -234,9 +234,9 @@ def test_a_part_that_is_killed_is_started_again_and_the_run_ends(up: Up, tmp_pat
     record = tmp_path / "record"
     started = up.ask("run", "slow", "--input", json.dumps({"record": str(record), "seconds": 2})).strip()
     wait_until(record.exists, "the step has begun")
-    before = up.parts()[part].pid
+    before = wait_until(lambda: up.pid_of(part), f"{part} has started")
     os.kill(before, signal.SIGKILL)
-    wait_until(lambda: up.parts().get(part) is not None and up.parts()[part].pid != before, f"{part} is back")
+    wait_until(lambda: up.pid_of(part) not in (None, before), f"{part} is back")
     wait_until(up.is_ready, "the server answers", 60)
     assert json.loads(up.ask("runs", "wait", started, "--timeout", "60s", "--json"))["state"] == "succeeded"
     assert f"{part}" in up.text()
