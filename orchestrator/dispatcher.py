@@ -8,7 +8,6 @@ forget it.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from orchestrator.events import FILE_CREATED, MANUAL, Event
 from orchestrator.patterns import EventPattern
 from orchestrator.plan import Plan
 from orchestrator.runs import StepError, run_id
+from orchestrator.service import Service
 from orchestrator.workflows import OnEvent, OnFile, Workflow
 
 log = structlog.get_logger(__name__)
@@ -70,11 +70,9 @@ class Dispatcher:
         self, engine: Engine, bus: EventBus, *, on_start: Callable[[str, str, Event], None] | None = None
     ) -> None:
         self._engine = engine
-        self._bus = bus
         self._on_start = on_start
         self._rules: tuple[_Rule, ...] = ()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._service = Service("dispatcher", lambda stopping: bus.consume(self._receive, stopping))
 
     def apply(self, workflows: Iterable[Workflow]) -> None:
         """Put definitions in force for the events that come from now on; also in the ledger, for whoever asks it."""
@@ -84,19 +82,11 @@ class Dispatcher:
 
     def start(self) -> None:
         """Begin to take events; returns at once. A second start does nothing."""
-        if self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(
-                target=self._bus.consume, args=(self._receive, self._stop), name="dispatcher", daemon=True
-            )
-            self._thread.start()
+        self._service.start()
 
     def stop(self) -> None:
         """Take nothing new; returns when the event in work is done."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=15)
-            self._thread = None
+        self._service.stop()
 
     def _receive(self, body: object, raw: bytes) -> None:
         try:
@@ -111,7 +101,7 @@ class Dispatcher:
                 return
             except UnavailableError as exc:
                 log.warning("dispatch_waits", event_id=event.id, error=str(exc))
-                if self._stop.wait(wait_s):
+                if self._service.stopping.wait(wait_s):
                     raise
                 wait_s = min(wait_s * 2, 5.0)
             except Exception as exc:  # noqa: BLE001 -- trying again would not help it, and would hold up all others

@@ -14,6 +14,7 @@ import structlog
 from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.ledger.ledger import LEASE_MS
+from orchestrator.service import Service
 
 log = structlog.get_logger(__name__)
 
@@ -29,31 +30,24 @@ class Rescuer:
     def __init__(self, engine: Engine) -> None:
         # One of its own that waits for no server: else it would not know that one was away.
         self._engine = Engine(engine.settings, app=engine.app, patience_s=0.0)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._service = Service("rescuer", self._loop)
 
     def start(self) -> None:
         """Begin; returns at once. A second start does nothing."""
-        if self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._loop, name="rescuer", daemon=True)
-            self._thread.start()
+        self._service.start()
 
     def stop(self) -> None:
         """End; returns when the round in work is done."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=15)
-            self._thread = None
+        self._service.stop()
         self._engine.ledger.client.close()
 
-    def _loop(self) -> None:
+    def _loop(self, stopping: threading.Event) -> None:
         is_away, rounds = False, 0
-        while not self._stop.wait(PERIOD_S):
+        while not stopping.wait(PERIOD_S):
             try:
                 if is_away:
                     # While the server was away nobody could renew a lease: give the living time to do it.
-                    if not self._engine.ledger.is_up() or self._stop.wait(LEASE_MS / 1000):
+                    if not self._engine.ledger.is_up() or stopping.wait(LEASE_MS / 1000):
                         continue
                     log.info("rescuer_is_back")
                     is_away = False
@@ -72,7 +66,7 @@ class Rescuer:
         """Look once at every run in flight and return how many units were published again."""
         published = 0
         for run in self._needing_care():
-            if self._stop.is_set():
+            if self._service.stopping.is_set():
                 break
             try:
                 again, lost = self._engine.repair(run)

@@ -17,6 +17,7 @@ import structlog
 from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.ledger.ledger import RENEW_S
+from orchestrator.service import Service
 from workers.slots import Slots, Work
 
 log = structlog.get_logger(__name__)
@@ -33,8 +34,7 @@ class Watch:
         self._engine = engine
         self._slots = slots
         self._up_pid = up_pid
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._service = Service("watch", self._loop)
         self._renew_at = 0.0
         self._shared: dict[int, tuple[str, int]] = {}
         #: Pairs (pid, fence) that the last renewal found taken over.
@@ -43,19 +43,14 @@ class Watch:
 
     def start(self) -> None:
         """Begin; returns at once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
-            self._thread.start()
+        self._service.start()
 
     def stop(self) -> None:
         """End; returns when the round in work is done."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=15)
-            self._thread = None
+        self._service.stop()
 
-    def _loop(self) -> None:
-        while not self._stop.wait(PERIOD_S):
+    def _loop(self, stopping: threading.Event) -> None:
+        while not stopping.wait(PERIOD_S):
             if self._up_pid is not None and os.getppid() != self._up_pid:
                 log.warning("up_is_gone")
                 self._up_pid = None
