@@ -455,8 +455,6 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
     runner: StepRunner
 
     def run(self, run: str, step: str, lo: int | None = None, hi: int | None = None) -> None:
-        if self.runner.is_draining:
-            raise Reject("the worker stops", requeue=True)  # taken before it was told so; others begin it
         following = self.request.chain or []
         # trace_task would publish the rest of the chain after us; the ledger has it.
         self.request.chain = None
@@ -464,10 +462,15 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
             units = [f"{step}/{lo}-{hi}"]
         else:
             units = [step, *(signature["args"][1] for signature in reversed(following))]
-        try:
-            self.runner.carry(run, units)
-        except UnavailableError as exc:
-            # The message goes back: nothing but it may know of a unit that was not begun.
-            log.warning("message_goes_back", run=run, unit=units[0], error=str(exc))
-            time.sleep(_WAIT_S)
-            raise Reject(str(exc), requeue=True) from exc
+        while True:
+            try:
+                return self.runner.carry(run, units)
+            except UnavailableError as exc:
+                stops = self.runner.is_draining
+                event = "message_waits" if stops else "message_goes_back"
+                log.warning(event, run=run, unit=units[0], error=str(exc))
+                time.sleep(_WAIT_S)
+                if not stops:
+                    # Nothing but the message may know of a unit that was not begun. Not while the worker stops: what is
+                    # rejected then, kombu loses; unacknowledged it comes back by itself.
+                    raise Reject(str(exc), requeue=True) from exc
