@@ -7,7 +7,6 @@ An event is accepted once `publish` has returned: then the broker has it. It lea
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,8 +96,3 @@ class EventBus:
 
     def _where(self) -> str:
         return mask_url(self._app.conf.broker_url)
-
-
-def now_ms() -> int:
-    """Return the time as ms since the epoch."""
-    return time.time_ns() // 1_000_000

@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import structlog
 
-from orchestrator.bus import EventBus, now_ms
-from orchestrator.engine import Engine
+from orchestrator.bus import EventBus
+from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError
 from orchestrator.events import FILE_CREATED, MANUAL, Event
 from orchestrator.patterns import EventPattern

@@ -76,7 +76,7 @@ class Engine:
             event=self.payloads.pack(event, f"runs/{run}/event"),
             event_id=str(event.get("id", "")),
             run_input=self.payloads.pack(params, f"runs/{run}/input"),
-            created_ms=time.time_ns() // 1_000_000,
+            created_ms=now_ms(),
             parent=parent,
         )
         if started:
@@ -122,12 +122,17 @@ class Engine:
         if "^parent" in again:
             self.tell_parent(run, self.ledger.parent_of(run))
         elif not state:
-            self.ledger.drop(run, time.time_ns() // 1_000_000 - _STARTING_MS)
+            self.ledger.drop(run, now_ms() - _STARTING_MS)
         elif state in ("succeeded", "failed", "cancelled") and not left:
             self.ledger.close(run)
         return len(units), lost
 
     def housekeep(self) -> None:
         """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""
-        for run in self.ledger.trim(time.time_ns() // 1_000_000 - self.settings.retention_s * 1000):
+        for run in self.ledger.trim(now_ms() - self.settings.retention_s * 1000):
             self.payloads.delete_run(run)
+
+
+def now_ms() -> int:
+    """Return the time as ms since the epoch."""
+    return time.time_ns() // 1_000_000

@@ -10,6 +10,7 @@ import typer
 
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import UnavailableError
+from orchestrator.modules import python_command
 from orchestrator.project import Project, find_project, load_in_subprocess
 from orchestrator.settings import Settings
 
@@ -28,6 +29,11 @@ def settings_of(project: Path | None, data_dir: Path | None = None, **flags: Any
     if not root.is_dir():
         raise UnavailableError(f"{root} is not a directory; give the project's directory with --project")
     return Settings.load(root, data_dir=data_dir.absolute() if data_dir else None, **flags)
+
+
+def cli_command(*arguments: str) -> list[str]:
+    """Return the command that runs `orchestrator ...` in a new process."""
+    return python_command("from orchestrator.cli import main; main()", *arguments)
 
 
 def load(settings: Settings) -> Project:

@@ -20,12 +20,11 @@ from rich.live import Live
 from rich.table import Table
 
 from orchestrator.bus import EventBus
-from orchestrator.cli.access import engine_of, settings_of
+from orchestrator.cli.access import cli_command, engine_of, settings_of
 from orchestrator.cli.output import coloured, duration, one_line
 from orchestrator.errors import NotFoundError, OrchestratorError
 from orchestrator.events import Event
 from orchestrator.ledger.queries import Queries
-from orchestrator.modules import python_command
 from orchestrator.runs import Run, RunState
 
 _TIME_LIMIT_S = 90.0
@@ -112,7 +111,7 @@ def _examples() -> Path:
 def _up(project: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            python_command("from orchestrator.cli import main; main()", "up", "--project", str(project)),
+            cli_command("up", "--project", str(project)),
             stdout=output,
             stderr=output,
         )

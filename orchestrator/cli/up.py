@@ -23,13 +23,12 @@ from typing import IO
 
 import redis
 
-from orchestrator.cli.access import load
+from orchestrator.cli.access import cli_command, load, with_servers
 from orchestrator.cli.control import DEFINITIONS, read_definitions, say, write_definitions
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import AlreadyRunningError, DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
-from orchestrator.modules import python_command
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
 from orchestrator.workflows import OnFile
@@ -166,9 +165,8 @@ class Up:
     # The parts
 
     def _role(self, name: str, *arguments: str) -> _Part:
-        code = "from orchestrator.cli import main; main()"
         ours = ("--up-pid", str(os.getpid()), "--project", str(self._settings.project))
-        return _Part(name, python_command(code, *arguments, *ours))
+        return _Part(name, cli_command(*arguments, *ours))
 
     def _start_server(self) -> None:
         if not self._settings.is_embedded:
@@ -236,10 +234,7 @@ class Up:
 
     def _pools_in_flight(self) -> set[str]:
         """Return the pools of the runs in flight, which go on with the plans that they started with."""
-        url = (
-            EmbeddedServer.url_of(self._settings.data_dir) if self._settings.is_embedded else self._settings.ledger_url
-        )
-        ledger = Ledger(connect(url or ""))
+        ledger = Ledger(connect(with_servers(self._settings).ledger_url))
         try:
             return {pool for plan in ledger.plans_in_flight() for pool in ledger.plan(plan).pools}
         except OrchestratorError:  # away, or unknown: keep what there is
