@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 from celery import Celery
@@ -15,9 +16,6 @@ STEP_TASK = "orchestrator.step"
 EVENT_QUEUE = "orchestrator.events"
 
 PRIORITIES = ("high", "normal", "low")
-#: A message that was taken and not acknowledged for this long is delivered again. The ledger's leases, not this, keep
-#: a step from running twice: a repeat of a step in work is acknowledged and dropped.
-VISIBILITY_TIMEOUT_S = 10
 
 
 def queue_name(pool: str, priority: str = "normal") -> str:
@@ -45,15 +43,11 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
     """Return a Celery application on the broker of `settings`; with `pool`, one whose workers take its steps."""
     app = _App("orchestrator", broker=settings.broker_url, set_as_current=False)
     options: dict[str, Any] = {}
-    if settings.broker_url.startswith(("redis", "unix", "valkey")):
-        options = {
-            "visibility_timeout": VISIBILITY_TIMEOUT_S,
-            "unacked_restore_interval": 2,
-            "unacked_restore_throttle": 1,
-            "queue_order_strategy": "priority",
-            "priority_steps": [0],
-            "socket_keepalive": True,
-        }
+    if settings.broker_url.startswith(("redis://", "rediss://")):
+        app.conf.broker_transport = "orchestrator.brokers.redis:Transport"
+        options = {"socket_keepalive": True, "socket_timeout": 10, "socket_connect_timeout": 5}
+        if settings.broker_url.startswith("rediss://") and "ssl_" not in settings.broker_url:
+            app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.update(
         broker_read_url=settings.broker_url,
         broker_write_url=settings.broker_url,

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import structlog
+
+
+class Outage:
+    """Whether something that is needed is away: one log line when it goes, one when it is back."""
+
+    def __init__(self, logger: Any, what: str) -> None:
+        self._log = logger
+        self._what = what
+        self.is_on = False
+
+    def begins(self, error: object, **about: object) -> None:
+        """Note that it is away; logs `<what>_waits` unless that is known."""
+        if not self.is_on:
+            self._log.warning(f"{self._what}_waits", error=str(error), **about)
+        self.is_on = True
+
+    def ends(self) -> None:
+        """Note that it works; logs `<what>_goes_on` if it did not before."""
+        if self.is_on:
+            self._log.info(f"{self._what}_goes_on")
+        self.is_on = False
+
 
 _OURS = ("orchestrator", "workers", "triggers")
 

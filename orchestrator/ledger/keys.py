@@ -26,6 +26,8 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 
 from __future__ import annotations
 
+import json
+
 PREFIX = "orchestrator"
 
 #: The keys of one run, in the order in which they are given to the script as KEYS.
@@ -39,13 +41,18 @@ ACTIVE = f"{PREFIX}:active"
 WORKFLOWS = f"{PREFIX}:workflows"
 #: Events by time of acceptance, ms; permanent, trimmed with the retention.
 EVENTS = f"{PREFIX}:events"
-#: Messages on the bus that were no events; permanent.
+#: Messages that were no events, or that nobody could read; a list; permanent.
 SET_ASIDE = f"{PREFIX}:set-aside"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
 
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (RUNS, ACTIVE, WORKFLOWS, EVENTS, SET_ASIDE, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*")
+
+
+def set_aside_record(raw: bytes, reason: str, at_ms: int, *, queue: str = "") -> str:
+    """Return an entry of SET_ASIDE: JSON with raw (its bytes as latin-1), reason, at (ms since the epoch), queue."""
+    return json.dumps({"raw": raw.decode("latin-1"), "reason": reason, "at": at_ms, "queue": queue})
 
 
 def run_keys(run: str) -> list[str]:

@@ -400,8 +400,7 @@ class Ledger:
 
     def set_aside(self, raw: bytes, reason: str, now_ms: int) -> None:
         """Keep the bytes of a message that is no event, with the reason."""
-        record = {"raw": raw.decode("latin-1"), "reason": reason, "at": now_ms}
-        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, json.dumps(record)))
+        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, keys.set_aside_record(raw, reason, now_ms)))
 
     # File marks (triggers/files.py)
 

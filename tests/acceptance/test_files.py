@@ -91,4 +91,4 @@ def test_every_file_becomes_one_run_and_none_is_taken_half_written(make_up: Call
     assert len({run["id"] for run in runs}) == COUNT
     assert sorted(run["output"] for run in runs) == list(range(COUNT))
     assert up.client().llen("orchestrator.events") == 0
-    assert up.client().hlen("unacked") == 0
+    assert up.client().hlen("orchestrator.unacked") == 0

@@ -1,0 +1,1 @@
+"""What differs between brokers, beyond what kombu hides."""
