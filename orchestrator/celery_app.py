@@ -54,6 +54,7 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
         broker_transport_options=options,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
         task_serializer="json",
         accept_content=["json"],
         task_acks_late=True,
@@ -66,6 +67,7 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_enable_prefetch_count_reduction=False,
         task_queues=[Queue(queue_name(pool, p), routing_key=queue_name(pool, p)) for p in PRIORITIES] if pool else None,
     )
     return app

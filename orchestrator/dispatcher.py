@@ -24,6 +24,7 @@ from orchestrator.patterns import EventPattern
 from orchestrator.plan import Plan
 from orchestrator.runs import StepError, run_id
 from orchestrator.service import Service
+from orchestrator.telemetry import Outage
 from orchestrator.workflows import OnEvent, OnFile, Workflow
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,7 @@ class Dispatcher:
         self._engine = engine
         self._on_start = on_start
         self._rules: tuple[_Rule, ...] = ()
+        self._outage = Outage(log, "dispatcher")
         self._service = Service("dispatcher", lambda stopping: bus.consume(self._receive, stopping))
 
     def apply(self, workflows: Iterable[Workflow]) -> None:
@@ -98,9 +100,10 @@ class Dispatcher:
         while True:
             try:
                 self.dispatch(event)
+                self._outage.ends()
                 return
             except UnavailableError as exc:
-                log.warning("dispatch_waits", event_id=event.id, error=str(exc))
+                self._outage.begins(exc, event_id=event.id)
                 if self._service.stopping.wait(wait_s):
                     raise
                 wait_s = min(wait_s * 2, 5.0)

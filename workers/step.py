@@ -42,6 +42,7 @@ from orchestrator.plan import MAX_LINKS, Plan, parts
 from orchestrator.project import resolve_task, takes_context
 from orchestrator.runs import StepError, child_run_id, rfc3339
 from orchestrator.settings import read_secret
+from orchestrator.telemetry import Outage
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
 from workers.slots import Slots
@@ -110,6 +111,7 @@ class StepRunner:
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
         self._flusher = Flusher()
+        self._outage = Outage(log, "step")
 
     @property
     def is_draining(self) -> bool:
@@ -145,7 +147,11 @@ class StepRunner:
             if self._slots is not None and links:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
-        if answer.verdict not in ("ok", "go", "done", "held"):
+        if answer.verdict == "refused":
+            log.error(
+                "step_was_taken_over", run=run, unit=unit, reason="its lease had run out; its outcome is not kept"
+            )
+        elif answer.verdict not in ("ok", "go", "done", "held"):
             log.info("message_dropped", run=run, unit=units[0], verdict=answer.verdict)
 
     def _publish(self, run: str, units: Sequence[str]) -> None:
@@ -163,12 +169,15 @@ class StepRunner:
         """
         while True:
             try:
-                return verb()
+                done = verb()
             except UnavailableError as exc:
                 if self._slots is None or self.is_draining:
                     raise
-                log.warning("step_waits", error=str(exc))
+                self._outage.begins(exc)
                 time.sleep(_WAIT_S)
+            else:
+                self._outage.ends()
+                return done
 
     def _inline(self, links: int, taken: Taken) -> str:
         """Return the pool to take more of after what ran: none when draining, nor past the links of one message."""
@@ -462,15 +471,13 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
             units = [f"{step}/{lo}-{hi}"]
         else:
             units = [step, *(signature["args"][1] for signature in reversed(following))]
-        while True:
-            try:
-                return self.runner.carry(run, units)
-            except UnavailableError as exc:
-                stops = self.runner.is_draining
-                event = "message_waits" if stops else "message_goes_back"
-                log.warning(event, run=run, unit=units[0], error=str(exc))
+        if self.runner.is_draining:
+            raise Reject("the worker stops", requeue=True)
+        try:
+            self.runner.carry(run, units)
+        except UnavailableError as exc:
+            # Nothing but the message may know of a unit that was not begun.
+            log.warning("message_goes_back", run=run, unit=units[0], error=str(exc))
+            if not self.runner.is_draining:
                 time.sleep(_WAIT_S)
-                if not stops:
-                    # Nothing but the message may know of a unit that was not begun. Not while the worker stops: what is
-                    # rejected then, kombu loses; unacknowledged it comes back by itself.
-                    raise Reject(str(exc), requeue=True) from exc
+            raise Reject(str(exc), requeue=True) from exc

@@ -18,6 +18,7 @@ from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
+from orchestrator.telemetry import Outage
 from workers.slots import Slots, Work
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,7 @@ class Watch:
         self._shared: dict[int, tuple[str, int]] = {}
         #: Pairs (pid, fence) that the last renewal found taken over.
         self._gone: set[tuple[int, int]] = set()
-        self._is_away = False
+        self._outage = Outage(log, "watch")
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -57,13 +58,9 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGTERM)
             try:
                 self.round(time.monotonic())
-                if self._is_away:
-                    log.info("watch_is_back")
-                self._is_away = False
+                self._outage.ends()
             except UnavailableError as exc:
-                if not self._is_away:
-                    log.warning("watch_waits", error=str(exc))
-                self._is_away = True
+                self._outage.begins(exc)
             except Exception:  # this loop owns the thread: leases must go on being renewed
                 log.exception("watch_failed")
 

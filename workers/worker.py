@@ -51,6 +51,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             up_pid=up_pid,
         )
         app.steps["worker"].add(_watch_step(watch, slots))
+        app.conf.worker_consumer = "workers.consumer:Consumer"
         worker = app.Worker(
             hostname=worker_name,
             pool="prefork",

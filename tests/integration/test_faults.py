@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from orchestrator.engine import Engine
+from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
 from orchestrator.ledger.ledger import How
 from orchestrator.ledger.queries import Queries
@@ -43,20 +44,22 @@ def test_an_output_that_is_not_json_fails_the_run(place: Place) -> None:
 
 
 def test_a_blob_that_is_lost_fails_what_reads_it_and_the_run(place: Place, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
+    gate, past_a = tmp_path / "gate", tmp_path / "past-a"
     run = place.start(
         Workflow(
             name="w",
             steps=(
                 step("a", "big", with_={"characters": 100_000}),
-                step("b", "wait_for", "a", with_={"path": str(gate)}),
+                step("t", "touch", "a", with_={"path": str(past_a)}),
+                step("b", "wait_for", "t", with_={"path": str(gate)}),
                 step("c", "length", "b", with_={"value": "{{ a }}"}),
                 step("d", "echo", "c"),
             ),
         )
     )
     blobs = place.settings.blobs_dir / "runs" / run
-    wait_until(lambda: list(blobs.glob("a-*")), "the blob is there")
+    wait_until(past_a.exists, "what comes right after a has read it")
+    assert list(blobs.glob("a-*"))
     for blob in blobs.glob("a-*"):
         blob.unlink()
     gate.touch()
@@ -237,3 +240,47 @@ def test_a_bad_run_does_not_end_the_care_for_the_others(engine: Engine, settings
     rescuer = Rescuer(engine)
     assert rescuer.round() == 1
     rescuer.stop()
+
+
+# A server that refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["read-only", "out of memory"])
+def test_a_worker_outlives_a_server_that_refuses_writes(
+    ledger_server: Server, settings: Settings, tmp_path: Path, how: str
+) -> None:
+    """Broker and ledger refuse, also while the worker starts; then both take up again what was there."""
+    (settings.project / "tasks.py").write_text(TASKS)
+    engine = Engine(settings.evolve(ledger_url=ledger_server.url, broker_url=ledger_server.url), patience_s=2.0)
+    run = _start(engine, step("a", with_={"value": 1}))
+    client = redis.Redis.from_url(ledger_server.url)
+
+    def refuse(*, refuses: bool) -> None:
+        if how == "read-only":
+            client.replicaof(*(("127.0.0.1", "1") if refuses else ("no", "one")))
+        else:
+            _refuse(ledger_server, refuses=refuses)
+
+    refuse(refuses=True)
+    worker = WorkerProcess(engine.settings).start()
+    try:
+        wait_until(
+            lambda: "_waits" in worker.log.read_text() or "goes_back" in worker.log.read_text(), "it was refused"
+        )
+        refuse(refuses=False)
+        assert _end(engine, run, 20).output == 1
+        refuse(refuses=True)
+        with pytest.raises(UnavailableError):
+            engine.ledger.start("r2", engine.plan(engine.ledger.plan_of("r")), event="{}", event_id="e", run_input="{}",
+                                created_ms=1)  # fmt: skip
+        refuse(refuses=False)
+        assert engine.start("r2", engine.plan(engine.ledger.plan_of("r")), event={}, params={})
+        assert _end(engine, "r2", 20).output == 1
+        text = worker.log.read_text()
+        assert text.count("consumer_waits") <= 3, text
+        assert "Traceback" not in text, text
+    finally:
+        refuse(refuses=False)
+        assert worker.stop() == 0
+        client.close()
+        engine.close()
