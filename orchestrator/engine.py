@@ -110,12 +110,12 @@ class Engine:
         if not self.ledger.clear(run, ["^parent"]):
             self.ledger.close(run)
 
-    def repair(self, run: str) -> tuple[int, int]:
+    def repair(self, run: str, *, with_leases: bool = True) -> tuple[int, int]:
         """Publish again what a dead process left of this run: (units published, of which a worker was lost with).
 
-        Takes a run that has ended off the list of those in flight.
+        Takes a run that has ended off the list of those in flight. `with_leases`: give up those that have run out.
         """
-        state, again, lost, left = self.ledger.sweep(run)
+        state, again, lost, left = self.ledger.sweep(run, with_leases=with_leases)
         units = [unit for unit in again if unit != "^parent"]
         if units:
             self.publish(run, self.plan(self.ledger.plan_of(run)), units)
@@ -126,6 +126,14 @@ class Engine:
         elif state in ("succeeded", "failed", "cancelled") and not left:
             self.ledger.close(run)
         return len(units), lost
+
+    def give_up(self, run: str, reason: str) -> None:
+        """End a run that cannot go on as failed, and tell the step that waits for it; idempotent."""
+        done, parent = self.ledger.give_up(run, {"type": "RunLost", "message": reason})
+        if done:
+            self.tell_parent(run, parent)
+            if not parent:
+                self.ledger.close(run)
 
     def housekeep(self) -> None:
         """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""

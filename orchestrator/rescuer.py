@@ -1,27 +1,41 @@
 """Rescuer: repairs what a dead process left behind.
 
-It looks at the runs in flight once a second: units that have waited in a run's outbox longer than any live process
-leaves them there are published again, and so are units whose lease ran out. Both are harmless when done twice.
+It looks at the runs in flight once a second and publishes again, under the same ids, what
+
+- has waited in a run's outbox for longer than any live process leaves it there;
+- was begun under a lease that has run out;
+- waits for a message that is lost: the run was idle, then its queue was seen empty, then the run was still as before.
+
+It also has the broker give back messages whose consumers are gone, when no worker is there to do it. Of several
+rescuers one leads, and another takes over within LEADER_MS; that two may do so for a moment does no harm.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import uuid
 
 import structlog
 
+from orchestrator.brokers import Broker, broker_of
+from orchestrator.celery_app import PRIORITIES, queue_name
 from orchestrator.engine import Engine
-from orchestrator.errors import OrchestratorError, UnavailableError
-from orchestrator.ledger.ledger import LEASE_MS
+from orchestrator.errors import NotFoundError, OrchestratorError, UnavailableError
+from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
+from orchestrator.telemetry import Outage
 
 log = structlog.get_logger(__name__)
 
 PERIOD_S = 1.0
+_ROLE = "rescuer"
 _HOUSEKEEPING_ROUNDS = 600
 #: Runs looked at in one round trip.
 _BATCH = 200
+#: After a gap this long between two rounds leases may have run out because nobody could renew them, ...
+_GAP_MS = 3_000
+#: ... and the living have this long to do it.
+_GRACE_MS = int(2 * RENEW_S * 1000)
 
 
 class Rescuer:
@@ -30,60 +44,131 @@ class Rescuer:
     def __init__(self, engine: Engine) -> None:
         # One of its own that waits for no server: else it would not know that one was away.
         self._engine = Engine(engine.settings, app=engine.app, patience_s=0.0)
-        self._service = Service("rescuer", self._loop)
+        self._broker: Broker = broker_of(engine.settings)
+        self._service = Service(_ROLE, self._loop)
+        self._outage = Outage(log, _ROLE)
+        self._me = uuid.uuid4().hex
+        self._leads = False
+        self._rounds = 0
+        #: Server's time of the last round, and until when leases that have run out are left alone.
+        self._seen_ms = 0
+        self._grace_until_ms = 0
+        #: Runs that the last round found idle, as they were then, and those of them that wait for other runs only.
+        self._idle: dict[str, str] = {}
+        self._content: dict[str, str] = {}
 
     def start(self) -> None:
         """Begin; returns at once. A second start does nothing."""
         self._service.start()
 
     def stop(self) -> None:
-        """End; returns when the round in work is done."""
+        """End; returns when the round in work is done. Another rescuer may lead at once."""
         self._service.stop()
+        try:
+            self._engine.ledger.resign(_ROLE, self._me)
+        except UnavailableError:
+            log.info("lead_left_to_run_out")
         self._engine.ledger.client.close()
+        self._broker.close()
 
     def _loop(self, stopping: threading.Event) -> None:
-        is_away, rounds = False, 0
         while not stopping.wait(PERIOD_S):
             try:
-                if is_away:
-                    # While the server was away nobody could renew a lease: give the living time to do it.
-                    if not self._engine.ledger.is_up() or stopping.wait(LEASE_MS / 1000):
-                        continue
-                    log.info("rescuer_is_back")
-                    is_away = False
                 self.round()
-                rounds += 1
-                if rounds % _HOUSEKEEPING_ROUNDS == 1:
-                    self._engine.housekeep()
+                self._outage.ends()
             except UnavailableError as exc:
-                if not is_away:
-                    log.warning("rescuer_waits", error=str(exc))
-                is_away = True
+                self._outage.begins(exc)
             except Exception:  # this loop owns the thread
                 log.exception("rescue_failed")
 
     def round(self) -> int:
-        """Look once at every run in flight and return how many units were published again."""
-        published = 0
-        for run in self._needing_care():
-            if self._service.stopping.is_set():
-                break
-            try:
-                again, lost = self._engine.repair(run)
-            except UnavailableError:
-                raise
-            except OrchestratorError as exc:
-                log.error("run_cannot_be_repaired", run=run, error=str(exc))
-                continue
-            except Exception:  # one bad run must not end the care for the others
-                log.exception("run_cannot_be_repaired", run=run)
-                continue
-            if again:
-                log.warning("units_published_again", run=run, units=again, lost=lost)
-                published += again
+        """Look once at every run in flight, if we lead, and return how many units were published again."""
+        leads, now_ms = self._engine.ledger.lead(_ROLE, self._me)
+        if now_ms - self._seen_ms > _GAP_MS:
+            self._grace_until_ms = now_ms + _GRACE_MS
+        self._seen_ms = now_ms
+        if leads != self._leads:
+            log.info("rescuer_leads" if leads else "rescuer_follows")
+            self._leads, self._idle = leads, {}
+        if not leads:
+            return 0
+        given_back = self._broker.tend()
+        if given_back:
+            log.warning("messages_given_back", messages=given_back, reason="their consumers are gone")
+        published = self._care(with_leases=now_ms >= self._grace_until_ms)
+        if self._rounds % _HOUSEKEEPING_ROUNDS == 0:
+            self._engine.housekeep()
+        self._rounds += 1
         return published
 
-    def _needing_care(self) -> Iterator[str]:
+    def _care(self, *, with_leases: bool) -> int:
+        # In this order: idle in the last round, queue empty now, and as it was when it is looked at after that.
+        empty = self._empty_queues()
+        before, self._idle = self._idle, {}
+        content, self._content = self._content, {}
+        published = 0
         runs = self._engine.ledger.active()
         for lo in range(0, len(runs), _BATCH):
-            yield from self._engine.ledger.needing_care(runs[lo : lo + _BATCH])
+            if self._service.stopping.is_set():
+                break
+            needing, idle = self._engine.ledger.look(runs[lo : lo + _BATCH])
+            for run in needing:
+                published += self._repair(run, with_leases=with_leases)
+            for run, version in idle.items():
+                if content.get(run) == version:
+                    self._content[run] = version
+                    continue
+                self._idle[run] = version
+                if empty and before.get(run) == version:
+                    published += self._free(run, version, empty)
+        return published
+
+    def _empty_queues(self) -> set[str]:
+        """Answer the queues that are empty, of those in which messages of idle runs should be."""
+        pools: set[str] = set()
+        for plan in {version.rpartition(":")[2] for version in self._idle.values()}:
+            try:
+                pools |= self._engine.plan(plan).pools
+            except NotFoundError:
+                continue  # `_free` ends its runs
+        return self._broker.empty(queue_name(pool, priority) for pool in pools for priority in PRIORITIES)
+
+    def _repair(self, run: str, *, with_leases: bool) -> int:
+        try:
+            again, lost = self._engine.repair(run, with_leases=with_leases)
+        except UnavailableError:
+            raise
+        except NotFoundError as exc:
+            self._give_up(run, exc)
+            return 0
+        except Exception:  # one bad run must not end the care for the others
+            log.exception("run_cannot_be_repaired", run=run)
+            return 0
+        if again:
+            log.warning("units_published_again", run=run, units=again, lost=lost)
+        return again
+
+    def _free(self, run: str, version: str, empty: set[str]) -> int:
+        """Publish again what waits for a message that is in no queue."""
+        try:
+            waiting = self._engine.ledger.limbo(run, version)
+            if not waiting:
+                self._content[run] = version
+                return 0
+            plan = self._engine.plan(version.rpartition(":")[2])
+            lost = [unit for unit in waiting if queue_name(plan.pool(unit.partition("/")[0])) in empty]
+            if lost:
+                log.error("run_was_stuck", run=run, units=lost[:10], count=len(lost), reason="their messages are lost")
+                self._engine.publish(run, plan, lost)
+            return len(lost)
+        except UnavailableError:
+            raise
+        except NotFoundError as exc:
+            self._give_up(run, exc)
+        except OrchestratorError as exc:
+            log.error("run_cannot_be_freed", run=run, error=str(exc))
+        return 0
+
+    def _give_up(self, run: str, exc: NotFoundError) -> None:
+        log.error("run_given_up", run=run, error=str(exc))
+        self._engine.give_up(run, f"it cannot go on: {exc}")

@@ -7,14 +7,14 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 
 | key | field | value |
 |---|---|---|
-| run | workflow state episode plan event event_id input output error parent left fence bad | |
+| run | workflow state episode plan event event_id input output error parent left fence bad cleared | |
 | | created_at started_at finished_at | ms since the epoch |
 | graph | step | [pool, rule, upstreams, [downstream], [read], flags] (plan.py) |
 | states | slot | state |
 | | u:step f:step k:step | upstream steps ended, failed, skipped |
 | | n:step d:step b:step c:step | items in all, ended, failed, handed out (`max_parallel`) |
 | | w:slot | id of the nested run that is waited for |
-| units | unit | fence:k:hi; a unit is a link (`step`) or a header part (`step/lo-hi`); its item and end |
+| units | unit | fence:k:hi, with the item and end of a header part (`step/lo-hi`); fence 0: not begun |
 | leases | unit | (sorted set) when the lease runs out, ms |
 | outbox | unit, or ^parent | (sorted set) since when it waits to be published, ms |
 | outputs | slot | payload (payloads.py) |
@@ -45,6 +45,12 @@ EVENTS = f"{PREFIX}:events"
 SET_ASIDE = f"{PREFIX}:set-aside"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
+
+
+def leader_key(role: str) -> str:
+    """Key that holds who leads where one of several processes does the work; its TTL is the leader's lease."""
+    return f"{PREFIX}:leader:{role}"
+
 
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (RUNS, ACTIVE, WORKFLOWS, EVENTS, SET_ASIDE, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*")

@@ -25,6 +25,11 @@ local function graph(step) -- [pool, rule, upstreams, [downstream], [read], flag
   return row
 end
 
+local function is_in_flight()
+  local state = call('HGET', RUN, 'state')
+  return state == 'queued' or state == 'running'
+end
+
 local function split(unit) -- "step/lo-hi" -> step, lo, hi; "step" -> step
   local step, lo, hi = string.match(unit, '^(.-)/(%d+)-(%d+)$')
   if step then return step, tonumber(lo), tonumber(hi) end
@@ -39,6 +44,12 @@ local function held(unit) -- fence, k, hi of a unit that was begun
 end
 
 local function hold(unit, fence, k, hi) call('HSET', UNITS, unit, int(fence) .. ':' .. int(k) .. ':' .. int(hi)) end
+
+local function new_part(step, lo, hi) -- a header part that nobody has begun: fence 0
+  local unit = step .. '/' .. int(lo) .. '-' .. int(hi)
+  hold(unit, 0, lo, hi)
+  return unit
+end
 
 -- Joins ---------------------------------------------------------------------------------------------------------
 
@@ -102,7 +113,7 @@ local function end_item(step, index, state, ready)
   if counts[2] and tonumber(counts[2]) < n then -- max_parallel: one ends, one begins
     local lo = tonumber(counts[2])
     call('HINCRBY', STATES, 'c:' .. step, 1)
-    ready[#ready + 1] = step .. '/' .. int(lo) .. '-' .. int(lo + 1)
+    ready[#ready + 1] = new_part(step, lo, lo + 1)
   end
   if call('HINCRBY', STATES, 'd:' .. step, 1) == n then
     local whole = counts[3] and 'failed' or 'succeeded'
@@ -359,7 +370,7 @@ function verbs.expand()
     call('HSET', STATES, 'c:' .. step, int(last))
   end
   for lo = 0, last - 1, size do
-    ready[#ready + 1] = step .. '/' .. int(lo) .. '-' .. int(math.min(lo + size, n))
+    ready[#ready + 1] = new_part(step, lo, math.min(lo + size, n))
   end
   return go_on(ready, inline, how, 'ok')
 end
@@ -378,26 +389,37 @@ function verbs.resolve()
   return go_on(ready, '', {}, 'ok')
 end
 
+local function end_run(state, payload, problem, retention, channel, run)
+  call('HSET', RUN, 'state', state, 'finished_at', NOW_S)
+  if payload ~= '' then call('HSET', RUN, 'output', payload) end
+  if problem ~= '' then call('HSET', RUN, 'error', problem) end
+  call('DEL', LEASES, OUTBOX)
+  local parent = call('HGET', RUN, 'parent') or ''
+  if parent ~= '' then call('ZADD', OUTBOX, NOW, '^parent') end
+  for _, key in ipairs(KEYS) do call('EXPIRE', key, retention) end
+  tell(channel, run, state, problem)
+  return parent
+end
+
 -- finish: fence, state, payload, error (JSON or ""), retention_s, channel. Ends the run's episode.
 function verbs.finish()
   local fence, state, payload, problem, retention, channel = tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
   if held(END) ~= fence then return { 'refused' } end
   if ENDED[call('HGET', STATES, END) or ''] then return { 'done' } end
   call('HSET', STATES, END, 'succeeded')
-  call('HSET', RUN, 'state', state, 'finished_at', NOW_S)
-  if payload ~= '' then call('HSET', RUN, 'output', payload) end
-  if problem ~= '' then call('HSET', RUN, 'error', problem) end
-  call('DEL', LEASES)
-  local parent = call('HGET', RUN, 'parent') or ''
-  if parent ~= '' then call('ZADD', OUTBOX, NOW, '^parent') end
-  for _, key in ipairs(KEYS) do call('EXPIRE', key, retention) end
-  tell(channel, ARGV[8], state, problem)
-  return { 'ok', parent }
+  return { 'ok', end_run(state, payload, problem, retention, channel, ARGV[8]) }
+end
+
+-- give_up: error (JSON), retention_s, channel, run. Ends a run that cannot go on; answers {1 if it was in flight, parent}.
+function verbs.give_up()
+  if not is_in_flight() then return { 0, '' } end
+  return { 1, end_run('failed', '', ARGV[2], ARGV[3], ARGV[4], ARGV[5]) }
 end
 
 -- clear: units. They were published.
 function verbs.clear()
   for i = 2, #ARGV, 1000 do call('ZREM', OUTBOX, unpack(ARGV, i, math.min(i + 999, #ARGV))) end
+  if is_in_flight() then call('HINCRBY', RUN, 'cleared', 1) end
   return call('ZCARD', OUTBOX)
 end
 
@@ -409,26 +431,59 @@ local function lose(unit) -- whoever ran this unit is gone: it is to be publishe
   call('HINCRBY', ATTEMPTS, (lo and (step .. '/' .. int(k)) or step) .. '#l', 1)
 end
 
--- look: age_ms. Answers 1 if a sweep would find something, or the run is not in flight.
-function verbs.look()
-  local state = call('HGET', RUN, 'state')
-  if state ~= 'queued' and state ~= 'running' then return 1 end
-  if call('ZCOUNT', OUTBOX, '-inf', NOW - tonumber(ARGV[2])) > 0 then return 1 end
-  return call('ZCOUNT', LEASES, '-inf', NOW) > 0 and 1 or 0
+-- What of a run changes whenever something is taken or published, and the plan; '' unless it is in flight with nothing
+-- in the outbox and nothing in work: then all that goes on with it is messages.
+local function idle()
+  if not is_in_flight() or call('EXISTS', OUTBOX, LEASES) > 0 then return '' end
+  local fields = call('HMGET', RUN, 'fence', 'cleared', 'plan')
+  return fields[1] .. ':' .. (fields[2] or '0') .. ':' .. fields[3]
 end
 
--- sweep: age_ms. Answers {state, units to publish again, how many of them were lost, rows left in the outbox}.
+-- look: age_ms. Answers 1 if a sweep would find something, or the run is not in flight; else 0, or what `idle` says.
+function verbs.look()
+  if not is_in_flight() then return 1 end
+  if call('ZCOUNT', OUTBOX, '-inf', NOW - tonumber(ARGV[2])) > 0 then return 1 end
+  if call('ZCOUNT', LEASES, '-inf', NOW) > 0 then return 1 end
+  local version = idle()
+  return version == '' and 0 or version
+end
+
+-- sweep: age_ms, whether to give up leases that ran out ("1" or ""). Answers {state, units to publish again, how many
+-- of them were lost, rows left in the outbox}.
 function verbs.sweep()
   local state = call('HGET', RUN, 'state')
   if not state then return { '', {}, 0, 0 } end
   local again = call('ZRANGEBYSCORE', OUTBOX, '-inf', NOW - tonumber(ARGV[2]), 'LIMIT', 0, 500)
   for _, unit in ipairs(again) do call('ZADD', OUTBOX, 'XX', NOW, unit) end
-  local lost = call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 500)
+  local lost = ARGV[3] == '1' and call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 500) or {}
   for _, unit in ipairs(lost) do
     lose(unit)
     again[#again + 1] = unit
   end
   return { state, again, #lost, call('ZCARD', OUTBOX) }
+end
+
+-- limbo: what `look` has said. Answers the units that only a message can bring on, if nothing has moved since.
+function verbs.limbo()
+  if idle() ~= ARGV[2] then return {} end
+  local states, found = {}, {}
+  local flat = call('HGETALL', STATES)
+  for i = 1, #flat, 2 do states[flat[i]] = flat[i + 1] end
+  for slot, state in pairs(states) do
+    if (state == 'queued' or state == 'running') and not string.find(slot, '[:/]')
+      and not states['n:' .. slot] and not states['w:' .. slot] then
+      found[#found + 1] = slot
+    end
+  end
+  for _, unit in ipairs(call('HKEYS', UNITS)) do
+    local step, lo = split(unit)
+    if lo then
+      local _, k, hi = held(unit)
+      while k < hi and ENDED[states[step .. '/' .. int(k)] or ''] do k = k + 1 end
+      if k < hi then found[#found + 1] = unit end
+    end
+  end
+  return found
 end
 
 -- renew: lease_ms, then pairs (unit, fence). Answers the units that are no longer the caller's.
@@ -462,7 +517,7 @@ function verbs.give_back()
   hold(unit, fence, k, k + 1)
   local publish = {}
   for lo = k + 1, hi - 1, size do
-    local part = step .. '/' .. int(lo) .. '-' .. int(math.min(lo + size, hi))
+    local part = new_part(step, lo, math.min(lo + size, hi))
     call('ZADD', OUTBOX, NOW, part)
     publish[#publish + 1] = part
   end

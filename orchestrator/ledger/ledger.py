@@ -30,6 +30,8 @@ from orchestrator.plan import Plan
 #: How long a lease holds without being renewed, and how often whoever runs a unit renews it.
 LEASE_MS = 10_000
 RENEW_S = 2.5
+#: How long who leads does so without saying so again.
+LEADER_MS = 4_000
 #: A row that has waited this long in the outbox was left behind by a process that died.
 OUTBOX_AGE_MS = 5_000
 
@@ -99,7 +101,7 @@ class How:
         return self.lease_ms, self.record, "1" if self.knows_run else "", self.known_chunk
 
 
-def connect(url: str, *, patience_s: float = 0.0, **options: Any) -> Any:
+def connect(url: str, *, patience_s: float = 0.0, decode_responses: bool = True) -> Any:
     """Return a client of the server at `url` that waits up to about `patience_s` for a server that is away.
 
     (Any: redis-py's types do not know that `decode_responses` makes every answer a str.)
@@ -108,13 +110,12 @@ def connect(url: str, *, patience_s: float = 0.0, **options: Any) -> Any:
     retries = max(1, round(patience_s / cap) + 4) if patience_s else 1
     return redis.Redis.from_url(
         url,
-        decode_responses=True,
+        decode_responses=decode_responses,
         socket_timeout=10,
         socket_connect_timeout=5,
         health_check_interval=0,
         retry=Retry(ExponentialWithJitterBackoff(cap=cap, base=base), retries),
         retry_on_error=[redis.BusyLoadingError, redis.ConnectionError, redis.TimeoutError],
-        **options,
     )
 
 
@@ -361,10 +362,14 @@ class Ledger:
         """Give back the items of a part that were not begun, as parts of `size`; answers the new units."""
         return list(self._call(run, "give_back", unit, fence, size))
 
-    def needing_care(self, runs: Sequence[str], outbox_age_ms: int = OUTBOX_AGE_MS) -> list[str]:
-        """Answer those of many runs that `sweep` would find something in, or that are not in flight; one round trip."""
+    def look(self, runs: Sequence[str], outbox_age_ms: int = OUTBOX_AGE_MS) -> tuple[list[str], dict[str, str]]:
+        """Look at many runs in one round trip: (those that `sweep` would do something for, those that are idle).
+
+        A run that is not in flight is among the former. A run is idle if it goes on only when a message of its is
+        taken; the text with it, whose last part is the hash of its plan, changes with all that happens in the run.
+        """
         if not runs:
-            return []
+            return [], {}
         text, sha = _script()
         self._guard(lambda: self.client.script_load(text))
         with self.client.pipeline(transaction=False) as pipe:
@@ -372,12 +377,48 @@ class Ledger:
                 run_keys = keys.run_keys(run)
                 pipe.evalsha(sha, len(run_keys), *run_keys, "look", outbox_age_ms)
             answers = self._guard(pipe.execute)
-        return [run for run, answer in zip(runs, answers, strict=True) if answer]
+        answered = list(zip(runs, answers, strict=True))
+        return [run for run, answer in answered if answer == 1], {run: a for run, a in answered if isinstance(a, str)}
 
-    def sweep(self, run: str, outbox_age_ms: int = OUTBOX_AGE_MS) -> tuple[str, list[str], int, int]:
-        """Answer (state or "", units to publish again, how many of them were lost, rows in the outbox)."""
-        state, again, lost, left = self._call(run, "sweep", outbox_age_ms)
+    def sweep(
+        self, run: str, outbox_age_ms: int = OUTBOX_AGE_MS, *, with_leases: bool = True
+    ) -> tuple[str, list[str], int, int]:
+        """Answer (state or "", units to publish again, how many of them were lost, rows in the outbox).
+
+        `with_leases`: give up those that have run out.
+        """
+        state, again, lost, left = self._call(run, "sweep", outbox_age_ms, "1" if with_leases else "")
         return state, list(again), lost, left
+
+    def limbo(self, run: str, version: str) -> list[str]:
+        """Answer the units of an idle run that wait for a message; none if it has moved since `look` gave `version`."""
+        return list(self._call(run, "limbo", version))
+
+    def give_up(self, run: str, error: Mapping[str, Any]) -> tuple[bool, str]:
+        """End a run that cannot go on as failed: (whether it was in flight, JSON of the parent or "")."""
+        done, parent = self._call(run, "give_up", json.dumps(error), self.retention_s, keys.RUN_ENDED, run)
+        return bool(done), parent
+
+    def lead(self, role: str, who: str, lease_ms: int = LEADER_MS) -> tuple[bool, int]:
+        """Take or keep the lead in a role, of which one of several processes has it: (has it, server's time in ms).
+
+        For a moment two may think that they lead: what they do must be harmless when done twice.
+        """
+        key = keys.leader_key(role)
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.set(key, who, nx=True, px=lease_ms)
+            pipe.get(key)
+            pipe.time()
+            _, leader, (seconds, micros) = self._guard(pipe.execute)
+        if leader == who:
+            self._guard(lambda: self.client.pexpire(key, lease_ms))
+        return leader == who, seconds * 1000 + micros // 1000
+
+    def resign(self, role: str, who: str) -> None:
+        """Let somebody else lead at once."""
+        key = keys.leader_key(role)
+        if self._guard(lambda: self.client.get(key)) == who:
+            self._guard(lambda: self.client.delete(key))
 
     def log(self, run: str, slot: str, attempt: int, text: str) -> None:
         """Keep the captured text, so far, of an attempt that is still going on."""

@@ -6,6 +6,8 @@ import json
 import random
 import time
 import uuid
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -145,9 +147,100 @@ def test_of_many_runs_only_those_that_need_care_are_named(ledger: Ledger) -> Non
     take(ledger, "lost", "a", how=BRIEF)
     ledger.complete("waiting", take(ledger, "waiting", "a"), "succeeded", how=HOW, inline="")
     time.sleep(0.005)
-    assert ledger.needing_care(["quiet", "lost", "waiting", "nobody"], 60_000) == ["lost", "nobody"]
-    assert ledger.needing_care(["quiet", "lost", "waiting"], 1) == ["lost", "waiting"]
-    assert ledger.needing_care([]) == []
+    assert ledger.look(["quiet", "lost", "waiting", "nobody"], 60_000) == (["lost", "nobody"], {})
+    assert ledger.look(["quiet", "lost", "waiting"], 1) == (["lost", "waiting"], {})
+    assert ledger.look([]) == ([], {})
+
+
+def test_leases_that_ran_out_are_left_alone_if_asked(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    take(ledger, "r", "a", how=BRIEF)
+    time.sleep(0.005)
+    assert ledger.sweep("r", with_leases=False) == ("running", [], 0, 0)
+    assert ledger.sweep("r")[1] == ["a"]
+
+
+# Messages that are lost ---------------------------------------------------------------------------------------------
+
+
+def idle(ledger: Ledger, run: str) -> str | None:
+    return ledger.look([run])[1].get(run)
+
+
+def test_a_run_is_idle_if_only_a_message_brings_it_on(ledger: Ledger) -> None:
+    plan = start(ledger, "r", step("a"), step("b"), step("c", "a"))
+    version = idle(ledger, "r")
+    assert version is not None
+    assert version.endswith(":" + plan.hash)
+    assert sorted(ledger.limbo("r", version)) == ["a", "b"]
+    a = take(ledger, "r", "a")
+    assert idle(ledger, "r") is None
+    assert ledger.limbo("r", version) == []
+    assert ledger.complete("r", a, "succeeded", how=HOW, inline="").publish == ("c",)
+    assert idle(ledger, "r") is None  # c waits in the outbox
+    ledger.clear("r", ["c"])
+    later = idle(ledger, "r")
+    assert later is not None
+    assert ledger.limbo("r", version) == []  # it has moved since
+    assert sorted(ledger.limbo("r", later)) == ["b", "c"]
+
+
+def test_publishing_again_is_a_move(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    before = idle(ledger, "r")
+    ledger.clear("r", ["a"])
+    assert idle(ledger, "r") not in (None, before)
+
+
+def test_of_a_fan_out_the_parts_are_known_that_nobody_has_begun(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    parts = expand(ledger, "r", "f", 7, size=3).publish
+    ledger.clear("r", parts)
+    version = idle(ledger, "r")
+    assert version is not None
+    assert sorted(ledger.limbo("r", version)) == ["f/0-3", "f/3-6", "f/6-7"]
+    part = take(ledger, "r", "f/3-6")
+    given = ledger.give_back("r", part.unit, part.fence, 1)
+    ledger.clear("r", given)
+    ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="")
+    version = idle(ledger, "r")
+    assert version is not None
+    assert sorted(ledger.limbo("r", version)) == ["f/0-3", "f/4-5", "f/5-6", "f/6-7"]
+
+
+def test_a_run_that_waits_for_another_run_is_not_in_limbo(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"))
+    ledger.complete("r", take(ledger, "r", "a"), "waiting", payload="child", how=HOW, inline="")
+    version = idle(ledger, "r")
+    assert version is not None
+    assert ledger.limbo("r", version) == []
+
+
+def test_a_run_that_is_given_up_has_failed_once(engine: Engine, ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    ledger.client.expire(keys.run_key("r", "run"), 100)
+    ledger.client.persist(keys.run_key("r", "run"))
+    engine.give_up("r", "its plan is gone")
+    engine.give_up("r", "again")
+    state, _, error = ledger.outcome("r")
+    assert (state, json.loads(error)["message"]) == ("failed", "its plan is gone")
+    assert ledger.active() == []
+    assert ledger.client.ttl(keys.run_key("r", "states")) > 0
+    assert ledger.begin("r", ["a"], HOW).verdict != "unknown"
+
+
+def test_who_leads_keeps_the_lead_until_the_lease_runs_out_or_is_given_up(ledger: Ledger) -> None:
+    assert ledger.lead("x", "one")[0]
+    assert not ledger.lead("x", "two")[0]
+    assert ledger.lead("x", "one", lease_ms=20)[0]
+    time.sleep(0.03)
+    assert ledger.lead("x", "two")[0]
+    ledger.resign("x", "one")
+    assert ledger.lead("x", "two")[0]
+    ledger.resign("x", "two")
+    leads, now_ms = ledger.lead("x", "one")
+    assert leads
+    assert abs(now_ms - time.time() * 1000) < 60_000
 
 
 def test_a_live_lease_is_not_swept_and_renewing_keeps_it(ledger: Ledger) -> None:
@@ -432,6 +525,84 @@ def test_any_graph_ends_as_documented(
     assert len(begun) == len(set(begun))
     final = states(ledger, run)
     assert {step_id: final[step_id] for step_id in plan.steps} == expected(graph)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> list[Step]:
+    """Steps of any graph, some of them fan-outs."""
+    made = []
+    for n in range(draw(st.integers(1, 7))):
+        above = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=3)) if n else []
+        items = draw(st.none() | st.integers(0, 9))
+        options: dict[str, Any] = {}
+        if items is not None:
+            options = {"foreach": list(range(items)), "max_parallel": draw(st.none() | st.integers(1, 3))}
+        made.append(step(f"s{n}", *(f"s{m}" for m in above), **options))
+    return made
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32))
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed: int) -> None:
+    """Messages get lost and come twice, processes die between any two verbs; what is left says how to go on."""
+    chance = random.Random(seed)
+    run = uuid.uuid4().hex
+    plan = start(ledger, run, *shape)
+    queue, finished = list(plan.roots), 0
+    begun: Counter[str] = Counter()
+
+    def publish(units: Sequence[str]) -> None:
+        queue.extend(units)
+        if chance.random() < 0.8:
+            ledger.clear(run, units)
+
+    for _ in range(5000):
+        if not queue:
+            time.sleep(0.002)  # leases of the dead run out
+            again = ledger.sweep(run, 0)[1]
+            if again:
+                ledger.clear(run, again)
+                queue += again
+                continue
+            version = idle(ledger, run)
+            if version is None:
+                break
+            queue += ledger.limbo(run, version)
+            assert queue, "idle, and nothing is in limbo"
+            continue
+        unit = queue.pop(chance.randrange(len(queue)))
+        if chance.random() < 0.2:
+            continue  # the message is lost
+        answer = ledger.begin(run, [unit], BRIEF)
+        if chance.random() < 0.1:
+            queue.append(unit)  # and this one is delivered twice
+        while answer.taken is not None and chance.random() > 0.05:  # or the process dies with what it has taken
+            taken = answer.taken
+            inline = "default" if chance.random() < 0.7 else ""
+            if taken.unit == END:
+                finished += ledger.finish(run, taken, "succeeded", payload="", error="")[0] == "ok"
+                break
+            begun[taken.slot] += 1
+            foreach = plan.steps[taken.step].foreach
+            if foreach is not None and taken.index < 0:
+                parallel = plan.steps[taken.step].max_parallel or 0
+                answer = ledger.expand(
+                    run, taken, len(foreach), size=1 if parallel else chance.randint(1, 4), max_parallel=parallel,
+                    per=100, chunks=["[]"], how=BRIEF, inline=inline,
+                )  # fmt: skip
+            else:
+                answer = ledger.complete(run, taken, "succeeded", payload="1", how=BRIEF, inline=inline)
+            if chance.random() < 0.1:
+                break  # it dies before it has published
+            publish(answer.publish)
+    else:
+        pytest.fail("the run does not end")
+    assert finished == 1
+    final = states(ledger, run)
+    slots = [slot for s in shape for slot in ([s.id] if s.foreach is None else [f"{s.id}/{i}" for i in s.foreach])]
+    assert {final[slot] for slot in slots} <= {"succeeded"}
+    assert {final[step_id] for step_id in plan.steps} == {"succeeded"}
+    assert set(slots) <= set(begun)
 
 
 @pytest.mark.parametrize("state", list(StepRunState))

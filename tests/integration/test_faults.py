@@ -6,16 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
+from orchestrator.brokers.claims import Claims
+from orchestrator.celery_app import queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
-from orchestrator.ledger.ledger import How
+from orchestrator.ledger.ledger import LEADER_MS, How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.rescuer import Rescuer
@@ -284,3 +287,85 @@ def test_a_worker_outlives_a_server_that_refuses_writes(
         assert worker.stop() == 0
         client.close()
         engine.close()
+
+
+def test_a_run_whose_message_is_lost_goes_on_and_one_that_only_waits_is_left_alone(engine: Engine) -> None:
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"), step("b")))))
+    queue = queue_name("default")
+    for run in ("lost", "waiting"):
+        assert engine.start(run, plan, event={}, params={})
+    client = redis.Redis.from_url(engine.settings.broker_url)
+    messages = client.lrange(queue, 0, -1)
+    rescuer = Rescuer(engine)
+    for _ in range(4):
+        assert rescuer.round() == 0  # their queue is not empty
+    client.delete(queue)
+    assert rescuer.round() == 4  # two rounds have seen them idle, and now nothing is in any queue
+    assert client.llen(queue) == 4
+    assert rescuer.round() == rescuer.round() == 0
+    client.delete(queue)
+    with app_messages(engine) as take_all:  # in work is not lost
+        for message in messages:
+            client.lpush(queue, message)
+        assert len(take_all()) == 4
+        for _ in range(4):
+            assert rescuer.round() == 0
+    rescuer.stop()
+    client.close()
+
+
+@contextmanager
+def app_messages(engine: Engine) -> Iterator[Callable[[], list[str]]]:
+    """Take messages as a worker does, and keep them unacknowledged until the end."""
+    client = redis.Redis.from_url(engine.settings.broker_url)
+    claims = Claims(client)
+    yield lambda: [one.tag for one in claims.fetch([queue_name("default")], 100)]
+    client.close()
+
+
+def test_a_run_whose_plan_is_gone_ends_and_tells_why(engine: Engine) -> None:
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"),))))
+    assert engine.ledger.start("r", plan, event="{}", event_id="e", run_input="{}", created_ms=1)
+    engine.ledger.client.delete(f"orchestrator:plan:{plan.hash}")
+    rescuer = Rescuer(engine)
+    wait_until(lambda: rescuer.round() == 0 and not engine.ledger.active(), "it was given up", 15)
+    found = Queries(engine.ledger, engine.payloads).run("r", with_steps=False)
+    assert found.state is RunState.FAILED
+    assert found.error is not None
+    assert plan.hash in found.error["message"]
+    rescuer.stop()
+
+
+def test_one_rescuer_leads_and_another_takes_over(engine: Engine) -> None:
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"),))))
+    first, second = Rescuer(engine), Rescuer(engine)
+    first.round()
+    second.round()
+    assert engine.ledger.start("r", plan, event="{}", event_id="e", run_input="{}", created_ms=1)
+    key = "orchestrator:leader:rescuer"
+    leader = engine.ledger.client.get(key)
+    assert 0 < engine.ledger.client.pttl(key) <= LEADER_MS
+    wait_until(lambda: second.round() or first.round(), "what waited in the outbox is published", 10)
+    assert engine.ledger.client.get(key) == leader
+    first.stop()  # it is gone: the other leads at once
+    second.round()
+    assert engine.ledger.client.get(key) not in (None, leader)
+    engine.ledger.client.delete(key)
+    second.stop()
+
+
+def test_leases_that_ran_out_while_nobody_looked_are_left_to_the_living_for_a_while(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.rescuer._GRACE_MS", 1500)
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"),))))
+    assert engine.start("r", plan, event={}, params={})
+    taken = engine.ledger.begin("r", ["a"], How('{"worker":"w"', lease_ms=1)).taken
+    assert taken is not None
+    rescuer = Rescuer(engine)
+    began = time.monotonic()
+    assert rescuer.round() == 0  # the lease has run out, but its holder may have been kept from renewing it
+    assert engine.ledger.renew("r", [("a", taken.fence)], lease_ms=1) == []
+    wait_until(rescuer.round, "nobody has renewed it", 10)
+    assert time.monotonic() - began >= 1.5
+    rescuer.stop()

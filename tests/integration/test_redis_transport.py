@@ -13,7 +13,7 @@ from celery import Celery
 from kombu import Connection, Consumer, Queue
 
 from orchestrator.brokers import claims
-from orchestrator.brokers import redis as transport
+from orchestrator.brokers.redis import Transport
 from orchestrator.celery_app import make_app
 from orchestrator.ledger import keys
 from orchestrator.settings import Settings
@@ -205,4 +205,4 @@ def test_get_takes_one(app: Celery, client: Any) -> None:
 
 def test_the_transport_is_ours(app: Celery) -> None:
     with app.connection_for_write() as connection:
-        assert isinstance(connection.transport, transport.Transport)
+        assert isinstance(connection.transport, Transport)
