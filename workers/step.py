@@ -123,7 +123,7 @@ class StepRunner:
 
         Returns when there is nothing more for this process to do in this message. Whatever happens to the process,
         what it had taken is found by its lease, and what it had made ready in the outbox. Raises UnavailableError if
-        the ledger is away for so long that nothing could be taken, or while the worker stops.
+        the ledger is away for so long that nothing could be taken, or that the worker, told to stop, must do so.
         """
         answer = self._ledger.begin(run, units, self._how(run, ""))
         links = 0
@@ -165,13 +165,16 @@ class StepRunner:
     def _insist(self, verb: Callable[[], _T]) -> _T:
         """Do what a repeat does not harm until the servers allow it: a step that was run is not to be lost to them.
 
-        Raises UnavailableError only when the worker is to stop.
+        Raises UnavailableError only when the worker is to stop and its grace period has passed.
         """
+        stop_at = float("inf")
         while True:
             try:
                 done = verb()
             except UnavailableError as exc:
-                if self._slots is None or self.is_draining:
+                if self.is_draining:
+                    stop_at = min(stop_at, time.monotonic() + self._settings.grace_s)
+                if self._slots is None or time.monotonic() > stop_at:
                     raise
                 self._outage.begins(exc)
                 time.sleep(_WAIT_S)

@@ -34,7 +34,10 @@ from orchestrator.settings import Settings, mask_url
 from orchestrator.workflows import OnFile
 
 _POLL_S = 0.2
+#: Pause before a part that died is started again: the first, doubled each time that it dies young, and the longest.
 _BACKOFF_S = (0.2, 10.0)
+#: A part that has lived this long does not die of starting.
+_STEADY_S = 5.0
 _SERVER_START_S = 30.0
 #: How long a part that holds no steps may take to stop.
 _STOP_S = 10.0
@@ -249,7 +252,7 @@ class Up:
         now = time.monotonic()
         for part in self._parts():
             if part.is_alive:
-                if part.started and now - part.started > 30:
+                if now - part.started > _STEADY_S:
                     part.backoff_s = _BACKOFF_S[0]
                 continue
             assert part.process is not None
