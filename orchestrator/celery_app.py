@@ -45,7 +45,12 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
     options: dict[str, Any] = {}
     if settings.broker_url.startswith(("redis://", "rediss://")):
         app.conf.broker_transport = "orchestrator.brokers.redis:Transport"
-        options = {"socket_keepalive": True, "socket_timeout": 10, "socket_connect_timeout": 5}
+        options = {
+            "socket_keepalive": True,
+            "socket_timeout": 5,
+            "socket_connect_timeout": 5,
+            "health_check_interval": 5,
+        }
         if settings.broker_url.startswith("rediss://") and "ssl_" not in settings.broker_url:
             app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.update(

@@ -32,10 +32,14 @@ _STARTING_MS = 600_000
 class Engine:
     """What starts runs and keeps them going. Safe to share between threads."""
 
-    def __init__(self, settings: Settings, *, app: Celery | None = None, patience_s: float = 60.0) -> None:
+    def __init__(
+        self, settings: Settings, *, app: Celery | None = None, patience_s: float = 60.0, timeout_s: float = 10.0
+    ) -> None:
         self.settings = settings
         self.app = make_app(settings) if app is None else app
-        self.ledger = Ledger(connect(settings.ledger_url, patience_s=patience_s), retention_s=settings.retention_s)
+        self.ledger = Ledger(
+            connect(settings.ledger_url, patience_s=patience_s, timeout_s=timeout_s), retention_s=settings.retention_s
+        )
         self.payloads = Payloads(FileBlobs(settings.blobs_dir), inline_bytes=settings.payload_bytes)
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 

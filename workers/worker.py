@@ -46,7 +46,8 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         app.register_task(task)
         _prepare_children(app, settings, task, pool=pool, worker=worker_name, code=project.code_hash, slots=slots)
         watch = Watch(
-            Engine(settings, app=app, patience_s=2.0),
+            # A connection that has died unseen is not to cost the leases.
+            Engine(settings, app=app, patience_s=2.0, timeout_s=2.0),
             slots,
             up_pid=up_pid,
         )

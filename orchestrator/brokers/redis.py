@@ -241,15 +241,20 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     # Claims
 
     def tend(self) -> None:
-        """Renew our claims and give back lost ones, once a second; called at every turn of the event loop."""
+        """Renew our claims and give back lost ones, once a second; called at every turn of the event loop.
+
+        Raises what a connection raises when it is lost, which the other one, that only waits, may notice much later.
+        """
         now = time.monotonic()
         if now < self._tend_at or not self.active_queues:
             return
         self._tend_at = now + TEND_S
         try:
             restored = self.claims.tend(self.qos.tags())
-        except (*self.connection_errors, redis.ResponseError) as exc:
-            log.debug("claims_not_tended", error=str(exc))  # who waits for the bell says that the server is away
+        except self.connection_errors:
+            raise
+        except redis.ResponseError as exc:
+            self._outage.begins(exc)
             return
         if restored:
             log.warning("messages_given_back", messages=restored, reason="nobody renewed the claims on them")

@@ -101,8 +101,10 @@ class How:
         return self.lease_ms, self.record, "1" if self.knows_run else "", self.known_chunk
 
 
-def connect(url: str, *, patience_s: float = 0.0, decode_responses: bool = True) -> Any:
+def connect(url: str, *, patience_s: float = 0.0, timeout_s: float = 10.0, decode_responses: bool = True) -> Any:
     """Return a client of the server at `url` that waits up to about `patience_s` for a server that is away.
+
+    An answer that takes longer than `timeout_s` counts as none, and the connection as lost.
 
     (Any: redis-py's types do not know that `decode_responses` makes every answer a str.)
     """
@@ -111,8 +113,8 @@ def connect(url: str, *, patience_s: float = 0.0, decode_responses: bool = True)
     return redis.Redis.from_url(
         url,
         decode_responses=decode_responses,
-        socket_timeout=10,
-        socket_connect_timeout=5,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=min(timeout_s, 5.0),
         health_check_interval=0,
         retry=Retry(ExponentialWithJitterBackoff(cap=cap, base=base), retries),
         retry_on_error=[redis.BusyLoadingError, redis.ConnectionError, redis.TimeoutError],
