@@ -6,6 +6,8 @@ from typing import Any
 
 from celery import Celery
 from kombu import Queue
+from kombu.exceptions import OperationalError
+from redis import RedisError
 
 from orchestrator.settings import Settings
 
@@ -18,6 +20,11 @@ PRIORITIES = ("high", "normal", "low")
 #: A message that was taken and not acknowledged for this long is delivered again. The ledger's leases, not this, keep
 #: a step from running twice: a repeat of a step in work is acknowledged and dropped.
 VISIBILITY_TIMEOUT_S = 10
+#: AMQP: a connection on which nothing came for twice this long is dead, and what was taken on it is delivered again.
+#: That is no longer than a lease: what is published when a lease ran out is not to go to the worker that let it.
+HEARTBEAT_S = 5
+#: AMQP: a message that the server has not confirmed for this long was not accepted.
+CONFIRM_TIMEOUT_S = 10
 
 
 def queue_name(pool: str, priority: str = "normal") -> str:
@@ -41,23 +48,34 @@ class _App(Celery):  # type: ignore[misc]  # celery has no types
         return super().connection_for_write(url or self.conf.get("broker_write_url"), **options)
 
 
+def _transport_options(broker_url: str) -> dict[str, Any]:
+    if broker_url.startswith("amqp"):
+        # A publish returns when the server has the message on disk, and not when it was sent.
+        return {"confirm_publish": True}
+    return {
+        "visibility_timeout": VISIBILITY_TIMEOUT_S,
+        "unacked_restore_interval": 2,
+        "unacked_restore_throttle": 1,
+        "queue_order_strategy": "priority",
+        "priority_steps": [0],
+        "socket_keepalive": True,
+    }
+
+
+def broker_errors(app: Celery) -> tuple[type[Exception], ...]:
+    """Return what the broker of an application raises when it is away or refuses."""
+    connection = app.connection_for_write()
+    return (OperationalError, OSError, RedisError, *connection.connection_errors, *connection.channel_errors)
+
+
 def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
     """Return a Celery application on the broker of `settings`; with `pool`, one whose workers take its steps."""
     app = _App("orchestrator", broker=settings.broker_url, set_as_current=False)
-    options: dict[str, Any] = {}
-    if settings.broker_url.startswith(("redis", "unix", "valkey")):
-        options = {
-            "visibility_timeout": VISIBILITY_TIMEOUT_S,
-            "unacked_restore_interval": 2,
-            "unacked_restore_throttle": 1,
-            "queue_order_strategy": "priority",
-            "priority_steps": [0],
-            "socket_keepalive": True,
-        }
     app.conf.update(
         broker_read_url=settings.broker_url,
         broker_write_url=settings.broker_url,
-        broker_transport_options=options,
+        broker_transport_options=_transport_options(settings.broker_url),
+        broker_heartbeat=HEARTBEAT_S,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         task_serializer="json",

@@ -13,11 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
-from redis import RedisError
 
 from orchestrator import canvas
-from orchestrator.celery_app import make_app
+from orchestrator.celery_app import broker_errors, make_app
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
@@ -51,9 +49,10 @@ class Engine:
         """
         if not units:
             return
+        ready = canvas.ready(self.app, plan, run, units)
         try:
-            canvas.publish(self.app, canvas.ready(self.app, plan, run, units))
-        except (OperationalError, OSError, RedisError) as exc:
+            canvas.publish(self.app, ready)
+        except broker_errors(self.app) as exc:
             raise UnavailableError(
                 f"the broker at {mask_url(self.settings.broker_url)} cannot be used ({exc}); "
                 "start it, or set broker_url"
