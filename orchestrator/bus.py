@@ -14,7 +14,7 @@ import structlog
 from celery import Celery
 from kombu import Consumer, Queue
 
-from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S, broker_errors
+from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S, broker_errors, publishing
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
 from orchestrator.settings import mask_url
@@ -38,7 +38,7 @@ class EventBus:
         Raises UnavailableError, and then some of them may be on the bus: a repeat is recognised by source + id.
         """
         try:
-            with self._app.producer_pool.acquire(block=True) as producer:
+            with publishing(self._app) as producer:
                 producer.maybe_declare(_QUEUE)
                 with producer.batch():
                     for event in events:

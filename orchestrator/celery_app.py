@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
@@ -68,6 +70,20 @@ def broker_errors(app: Celery) -> tuple[type[Exception], ...]:
     return (OperationalError, OSError, RedisError, *connection.connection_errors, *connection.channel_errors)
 
 
+@contextmanager
+def publishing(app: Celery) -> Iterator[Any]:
+    """Give a kombu Producer. When publishing fails its connection is dropped, as one that may not answer any more.
+
+    Left to itself, kombu would say goodbye to an AMQP server, and wait for its answer without end.
+    """
+    with app.producer_pool.acquire(block=True) as producer:
+        try:
+            yield producer
+        except broker_errors(app):
+            producer.connection.collect()
+            raise
+
+
 def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
     """Return a Celery application on the broker of `settings`; with `pool`, one whose workers take its steps."""
     app = _App("orchestrator", broker=settings.broker_url, set_as_current=False)
@@ -78,6 +94,8 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
         broker_heartbeat=HEARTBEAT_S,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # RabbitMQ closes the channel of a step that takes longer than its consumer_timeout: the worker goes on with it.
+        broker_channel_error_retry=True,
         task_serializer="json",
         accept_content=["json"],
         task_acks_late=True,

@@ -73,3 +73,12 @@ def test_a_file_starts_each_workflow_that_watches_its_folder_once(project: Path,
     found = wait_until(ended, "all runs have ended", 60)
     for name in ("one", "two"):
         assert sorted(run["output"] for run in found if run["workflow"] == name) == list(range(20))
+
+
+def test_doctor_finds_both_servers(project: Path, settings: Settings, broker: Broker) -> None:
+    env = environment(ORCHESTRATOR_BROKER_URL=broker.url, ORCHESTRATOR_LEDGER_URL=settings.ledger_url)
+    line = command("doctor", "--project", str(project), "--json")
+    report = json.loads(subprocess.run(line, capture_output=True, text=True, env=env, check=True).stdout)
+    assert {check["name"]: check["ok"] for check in report["checks"]} >= {"ledger": True, "broker": True}
+    assert report["ok"]
+    assert ":***@" in report["broker_url"]
