@@ -22,6 +22,8 @@ from orchestrator.settings import mask_url
 log = structlog.get_logger(__name__)
 
 _QUEUE = Queue(EVENT_QUEUE, routing_key=EVENT_QUEUE, durable=True)
+#: A connection that was idle may have been closed long ago, which is seen only when it is used.
+_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
 _PREFETCH = 64
 _WAIT_S = (0.1, 5.0)
 
@@ -39,12 +41,11 @@ class EventBus:
         """
         try:
             with publishing(self._app) as producer:
-                producer.maybe_declare(_QUEUE)
                 with producer.batch():
                     for event in events:
                         producer.publish(
                             event.to_json(), serializer="json", exchange="", routing_key=EVENT_QUEUE, delivery_mode=2,
-                            confirm_timeout=CONFIRM_TIMEOUT_S,
+                            declare=[_QUEUE], retry=True, retry_policy=_RETRY, confirm_timeout=CONFIRM_TIMEOUT_S,
                         )  # fmt: skip
         except broker_errors(self._app) as exc:
             raise UnavailableError(f"the broker at {self._where()} cannot take events: {exc}; start it") from exc

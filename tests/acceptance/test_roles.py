@@ -79,6 +79,6 @@ def test_doctor_finds_both_servers(project: Path, settings: Settings, broker: Br
     env = environment(ORCHESTRATOR_BROKER_URL=broker.url, ORCHESTRATOR_LEDGER_URL=settings.ledger_url)
     line = command("doctor", "--project", str(project), "--json")
     report = json.loads(subprocess.run(line, capture_output=True, text=True, env=env, check=True).stdout)
-    assert {check["name"]: check["ok"] for check in report["checks"]} >= {"ledger": True, "broker": True}
+    assert [check["name"] for check in report["checks"] if check["ok"]][1:3] == ["ledger", "broker"]
     assert report["ok"]
     assert ":***@" in report["broker_url"]
