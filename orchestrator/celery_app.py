@@ -22,9 +22,9 @@ PRIORITIES = ("high", "normal", "low")
 #: A message that was taken and not acknowledged for this long is delivered again. The ledger's leases, not this, keep
 #: a step from running twice: a repeat of a step in work is acknowledged and dropped.
 VISIBILITY_TIMEOUT_S = 10
-#: AMQP: a connection on which nothing came for twice this long is dead, and what was taken on it is delivered again.
-#: That is no longer than a lease: what is published when a lease ran out is not to go to the worker that let it.
-HEARTBEAT_S = 5
+#: AMQP: a connection on which nothing came for up to three times this long is dead, and what was taken on it is
+#: delivered again. That is shorter than a lease: what is published when one ran out is not to go to who let it.
+HEARTBEAT_S = 3
 #: AMQP: a message that the server has not confirmed for this long was not accepted.
 CONFIRM_TIMEOUT_S = 10
 
