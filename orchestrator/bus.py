@@ -10,13 +10,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import redis
 import structlog
 from celery import Celery
 from kombu import Consumer, Queue
-from kombu.exceptions import OperationalError
 
-from orchestrator.celery_app import EVENT_QUEUE
+from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S, broker_errors, publishing
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
 from orchestrator.settings import mask_url
@@ -24,6 +22,8 @@ from orchestrator.settings import mask_url
 log = structlog.get_logger(__name__)
 
 _QUEUE = Queue(EVENT_QUEUE, routing_key=EVENT_QUEUE, durable=True)
+#: A connection that was idle may have been closed long ago, which is seen only when it is used.
+_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
 _PREFETCH = 64
 _WAIT_S = (0.1, 5.0)
 
@@ -40,19 +40,14 @@ class EventBus:
         Raises UnavailableError, and then some of them may be on the bus: a repeat is recognised by source + id.
         """
         try:
-            with self._app.producer_pool.acquire(block=True) as producer:
-                producer.maybe_declare(_QUEUE)
+            with publishing(self._app) as producer:
                 with producer.batch():
                     for event in events:
                         producer.publish(
-                            event.to_json(), serializer="json", exchange="", routing_key=EVENT_QUEUE, delivery_mode=2
-                        )
-        except (
-            OperationalError,
-            OSError,
-            redis.RedisError,
-            *self._app.connection_for_write().connection_errors,
-        ) as exc:
+                            event.to_json(), serializer="json", exchange="", routing_key=EVENT_QUEUE, delivery_mode=2,
+                            declare=[_QUEUE], retry=True, retry_policy=_RETRY, confirm_timeout=CONFIRM_TIMEOUT_S,
+                        )  # fmt: skip
+        except broker_errors(self._app) as exc:
             raise UnavailableError(f"the broker at {self._where()} cannot take events: {exc}; start it") from exc
 
     def consume(self, handle: Callable[[object, bytes], None], stop: threading.Event) -> None:
@@ -73,7 +68,7 @@ class EventBus:
 
         while not stop.is_set():
             try:
-                with self._app.connection_for_read() as connection:
+                with self._app.connection_for_read(heartbeat=HEARTBEAT_S) as connection:
                     connection.ensure_connection(max_retries=1, timeout=2)
                     consumer = Consumer(
                         connection.channel(), [_QUEUE], on_message=receive, prefetch_count=_PREFETCH, accept=["json"]

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from celery import Celery
 from celery.canvas import Signature, chain, chord, group
 
-from orchestrator.celery_app import STEP_TASK, queue_name
+from orchestrator.celery_app import CONFIRM_TIMEOUT_S, STEP_TASK, publishing, queue_name
 from orchestrator.plan import Plan, parts
 
 
@@ -82,11 +82,11 @@ def publish(app: Celery, canvas: Signature) -> int:
     Raises kombu's OperationalError if the broker is away.
     """
     sent = list(messages(canvas))
-    with app.producer_pool.acquire(block=True) as producer:
+    with publishing(app) as producer:
         # A pipeline of one costs more than the one message.
         with producer.batch() if len(sent) > 1 else nullcontext():
             for message in sent:
-                message.apply_async(producer=producer)
+                message.apply_async(producer=producer, confirm_timeout=CONFIRM_TIMEOUT_S)
     return len(sent)
 
 

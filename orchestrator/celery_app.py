@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
 from kombu import Queue
+from kombu.exceptions import KombuError
+from redis import RedisError
 
 from orchestrator.settings import Settings
 
@@ -16,6 +20,11 @@ STEP_TASK = "orchestrator.step"
 EVENT_QUEUE = "orchestrator.events"
 
 PRIORITIES = ("high", "normal", "low")
+#: AMQP: a connection on which nothing came for up to three times this long is dead, and what was taken on it is
+#: delivered again. That is shorter than a lease: what is published when one ran out is not to go to who let it.
+HEARTBEAT_S = 3
+#: AMQP: a message that the server has not confirmed for this long was not accepted.
+CONFIRM_TIMEOUT_S = 10
 
 
 def queue_name(pool: str, priority: str = "normal") -> str:
@@ -39,26 +48,49 @@ class _App(Celery):  # type: ignore[misc]  # celery has no types
         return super().connection_for_write(url or self.conf.get("broker_write_url"), **options)
 
 
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    if settings.has_redis_broker:
+        return {"socket_keepalive": True, "socket_timeout": 5, "socket_connect_timeout": 5, "health_check_interval": 5}
+    # A publish returns when the server has the message on disk, and not when it was sent.
+    return {"confirm_publish": True}
+
+
+def broker_errors(app: Celery) -> tuple[type[Exception], ...]:
+    """Return what the broker of an application raises when it is away or refuses."""
+    connection = app.connection_for_write()
+    return (KombuError, OSError, RedisError, *connection.connection_errors, *connection.channel_errors)
+
+
+@contextmanager
+def publishing(app: Celery) -> Iterator[Any]:
+    """Give a kombu Producer. When publishing fails its connection is dropped, as one that may not answer any more.
+
+    Left to itself, kombu would say goodbye to an AMQP server, and wait for its answer without end.
+    """
+    with app.producer_pool.acquire(block=True) as producer:
+        try:
+            yield producer
+        except broker_errors(app):
+            producer.connection.collect()
+            raise
+
+
 def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
     """Return a Celery application on the broker of `settings`; with `pool`, one whose workers take its steps."""
     app = _App("orchestrator", broker=settings.broker_url, set_as_current=False)
-    options: dict[str, Any] = {}
-    if settings.broker_url.startswith(("redis://", "rediss://")):
+    if settings.has_redis_broker:
         app.conf.broker_transport = "orchestrator.brokers.redis:Transport"
-        options = {
-            "socket_keepalive": True,
-            "socket_timeout": 5,
-            "socket_connect_timeout": 5,
-            "health_check_interval": 5,
-        }
         if settings.broker_url.startswith("rediss://") and "ssl_" not in settings.broker_url:
             app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.update(
         broker_read_url=settings.broker_url,
         broker_write_url=settings.broker_url,
-        broker_transport_options=options,
+        broker_transport_options=_transport_options(settings),
+        broker_heartbeat=HEARTBEAT_S,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # RabbitMQ closes the channel of a step that takes longer than its consumer_timeout: the worker goes on with it.
+        # A Redis may refuse to be written to for a while.
         broker_channel_error_retry=True,
         task_serializer="json",
         accept_content=["json"],
@@ -66,7 +98,8 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
         task_reject_on_worker_lost=True,
         task_ignore_result=True,
         task_send_sent_event=False,
-        worker_prefetch_multiplier=2,
+        # What a process takes in advance waits behind its long step while others are idle.
+        worker_prefetch_multiplier=1,
         worker_send_task_events=False,
         worker_enable_remote_control=False,
         worker_hijack_root_logger=False,

@@ -13,11 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
-from redis import RedisError
 
 from orchestrator import canvas
-from orchestrator.celery_app import make_app
+from orchestrator.celery_app import broker_errors, make_app
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
@@ -33,7 +31,7 @@ class Engine:
     """What starts runs and keeps them going. Safe to share between threads."""
 
     def __init__(
-        self, settings: Settings, *, app: Celery | None = None, patience_s: float = 60.0, timeout_s: float = 10.0
+        self, settings: Settings, *, app: Celery | None = None, patience_s: float = 5.0, timeout_s: float = 10.0
     ) -> None:
         self.settings = settings
         self.app = make_app(settings) if app is None else app
@@ -55,9 +53,10 @@ class Engine:
         """
         if not units:
             return
+        ready = canvas.ready(self.app, plan, run, units)
         try:
-            canvas.publish(self.app, canvas.ready(self.app, plan, run, units))
-        except (OperationalError, OSError, RedisError) as exc:
+            canvas.publish(self.app, ready)
+        except broker_errors(self.app) as exc:
             raise UnavailableError(
                 f"the broker at {mask_url(self.settings.broker_url)} cannot be used ({exc}); "
                 "start it, or set broker_url"

@@ -20,6 +20,10 @@ from orchestrator.workflows import DEFAULT_POOL, unknown
 FILE_NAME = "orchestrator.toml"
 ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
 
+#: Schemes of the URLs of servers.
+_REDIS = ("redis", "rediss", "unix", "valkey")
+_AMQP = ("amqp", "amqps")
+
 _POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
 
 
@@ -39,7 +43,7 @@ class Settings:
 
     project: Path
     data_dir: Path
-    #: Where messages travel; a kombu URL.
+    #: Where messages travel; a Redis or an AMQP (RabbitMQ) URL.
     broker_url: str = ""
     #: Where runs are recorded; a Redis URL.
     ledger_url: str = ""
@@ -98,11 +102,13 @@ class Settings:
         values["data_dir"] = (project / values.get("data_dir", ".orchestrator")).expanduser().resolve()
         if values.get("fsync", "everysec") not in ("everysec", "always"):
             problems.append(f"fsync must be everysec or always, not {values['fsync']!r}")
-        if values.get("ledger_url", "redis://").partition("://")[0] not in ("redis", "rediss", "unix", "valkey"):
+        if _scheme(values.get("ledger_url") or "redis://") not in _REDIS:
             problems.append("ledger_url must be a redis:// URL, because the ledger is kept in Redis")
+        if _scheme(values.get("broker_url") or "redis://") not in (*_REDIS, *_AMQP):
+            problems.append("broker_url must be a redis:// or an amqp:// URL")
         if bool(values.get("ledger_url")) and not values.get("broker_url"):
             values["broker_url"] = values["ledger_url"]
-        elif values.get("broker_url", "").startswith(("redis://", "rediss://")) and not values.get("ledger_url"):
+        elif _scheme(values.get("broker_url", "")) in _REDIS and not values.get("ledger_url"):
             values["ledger_url"] = values["broker_url"]
         elif values.get("broker_url") and not values.get("ledger_url"):
             problems.append("broker_url is set but ledger_url is not; set it to the redis:// URL of the ledger")
@@ -116,6 +122,11 @@ class Settings:
         if problems:
             raise SettingsError("; ".join(problems))
         return cls(project=project, **values)
+
+    @property
+    def has_redis_broker(self) -> bool:
+        """Whether messages travel on Redis."""
+        return not self.broker_url or _scheme(self.broker_url) in _REDIS
 
     @property
     def is_embedded(self) -> bool:
@@ -138,6 +149,10 @@ class Settings:
     def declared_pools(self) -> frozenset[str] | None:
         """The pools that a step may name; None when none is declared, and then any name is a pool."""
         return frozenset({DEFAULT_POOL, *self.pools}) if self.pools else None
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0]
 
 
 def _url_problems(name: str, values: Mapping[str, Any]) -> list[str]:

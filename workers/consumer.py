@@ -26,8 +26,9 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._outage = Outage(log, "consumer")
-        # Celery's own lines about it, one for each try.
+        # Celery's own lines about it: one for each try, and one for each message in work, which then comes again.
         logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)
+        logging.getLogger("celery.worker.request").addFilter(lambda record: "ack" not in str(record.msg)[:14])
         warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
     def ensure_connected(self, conn: Any) -> Any:

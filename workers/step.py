@@ -111,7 +111,8 @@ class StepRunner:
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
         self._flusher = Flusher()
-        self._outage = Outage(log, "step")
+        #: Of the ledger, as seen by this process.
+        self.outage = Outage(log, "step")
 
     @property
     def is_draining(self) -> bool:
@@ -176,10 +177,10 @@ class StepRunner:
                     stop_at = min(stop_at, time.monotonic() + self._settings.grace_s)
                 if self._slots is None or time.monotonic() > stop_at:
                     raise
-                self._outage.begins(exc)
+                self.outage.begins(exc)
                 time.sleep(_WAIT_S)
             else:
-                self._outage.ends()
+                self.outage.ends()
                 return done
 
     def _inline(self, links: int, taken: Taken) -> str:
@@ -480,7 +481,8 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
             self.runner.carry(run, units)
         except UnavailableError as exc:
             # Nothing but the message may know of a unit that was not begun.
-            log.warning("message_goes_back", run=run, unit=units[0], error=str(exc))
+            self.runner.outage.begins(exc)
             if not self.runner.is_draining:
                 time.sleep(_WAIT_S)
             raise Reject(str(exc), requeue=True) from exc
+        self.runner.outage.ends()

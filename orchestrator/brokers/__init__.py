@@ -51,6 +51,4 @@ class RedisBroker(Broker):
 
 def broker_of(settings: Settings) -> Broker:
     """Return the broker of `settings`; connects when asked something."""
-    if settings.broker_url.startswith(("redis://", "rediss://")):
-        return RedisBroker(settings.broker_url)
-    return Broker()
+    return RedisBroker(settings.broker_url) if settings.has_redis_broker else Broker()

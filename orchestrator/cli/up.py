@@ -211,7 +211,7 @@ class Up:
                 engine.app.connection_for_write().ensure_connection(max_retries=1, timeout=5)
             except Exception as exc:  # each transport raises its own
                 raise UnavailableError(
-                    f"the broker at {mask_url(self._settings.broker_url)} does not answer ({exc}); "
+                    f"the broker at {mask_url(self._settings.broker_url)} does not answer ({type(exc).__name__}); "
                     "start it, or set broker_url"
                 ) from exc
         finally:

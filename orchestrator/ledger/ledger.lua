@@ -486,15 +486,25 @@ function verbs.limbo()
   return found
 end
 
--- renew: lease_ms, then pairs (unit, fence). Answers the units that are no longer the caller's.
+local function is_begun(unit) -- and neither ended nor handed on, to its items or to a nested run
+  local step, lo = split(unit)
+  local _, k = held(unit)
+  local slot = lo and (step .. '/' .. int(k)) or step
+  local fields = call('HMGET', STATES, slot, 'n:' .. slot, 'w:' .. slot)
+  return fields[1] == 'running' and not fields[2] and not fields[3]
+end
+
+-- renew: lease_ms, then pairs (unit, fence). Answers the units that are no longer the caller's. A lease that was given up
+-- is the caller's again if nobody has taken over.
 function verbs.renew()
   local gone = {}
   for i = 3, #ARGV, 2 do
     local unit = ARGV[i]
     if held(unit) ~= tonumber(ARGV[i + 1]) then
       gone[#gone + 1] = unit
-    elseif call('ZSCORE', LEASES, unit) then
+    elseif call('ZSCORE', LEASES, unit) or is_begun(unit) then
       call('ZADD', LEASES, NOW + tonumber(ARGV[2]), unit)
+      call('ZREM', OUTBOX, unit)
     end
   end
   return gone

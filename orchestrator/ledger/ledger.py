@@ -353,7 +353,10 @@ class Ledger:
         return int(self._call(run, "clear", *units))
 
     def renew(self, run: str, held: Iterable[tuple[str, int]], lease_ms: int = LEASE_MS) -> list[str]:
-        """Renew the leases of units (unit, fence); answers those that somebody else has taken over."""
+        """Renew the leases of units (unit, fence); answers those that somebody else has taken over.
+
+        A lease that the sweep has given up is the caller's again if nobody has taken over yet.
+        """
         return list(self._call(run, "renew", lease_ms, *(part for pair in held for part in pair)))
 
     def abandon(self, run: str, unit: str, fence: int) -> bool:

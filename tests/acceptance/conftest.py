@@ -1,4 +1,4 @@
-"""`orchestrator up` as a person runs it: a process, a project, a terminal to read."""
+"""`orchestrator up` as a person runs it (a process, a project, a terminal to read), and brokers to run on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import psutil
 import pytest
 import redis
 
+from orchestrator.brokers.claims import UNACKED
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.ledger import keys
-from tests.conftest import command, environment, wait_until, write_project
+from tests.acceptance.rabbitmq import RabbitMQ, is_missing, is_required
+from tests.conftest import Server, command, environment, wait_until, write_project
 
 
 class Up:
@@ -137,3 +140,40 @@ def make_up(tmp_path: Path) -> Iterator[Callable[[dict[str, str]], Up]]:
 def settle(seconds: float) -> None:
     """Let time pass where that time itself is what is tested (a pause of a writer, a stop in the middle)."""
     time.sleep(seconds)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """The RabbitMQ of this test process. Where there is none, tests are skipped, but never where it must be there."""
+    if is_missing():
+        why = "rabbitmq-server is not installed: apt-get install rabbitmq-server"
+        if is_required():
+            pytest.fail(f"{why}; CI and ORCHESTRATOR_REQUIRE_RABBITMQ do not let these tests be skipped")
+        pytest.skip(f"NOTHING WAS TESTED ON RABBITMQ: {why}")
+    running = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker that runs. `depth` answers how many messages of a queue are ready, and how many taken."""
+
+    name: str
+    url: str
+    depth: Callable[[str], tuple[int, int]]
+
+
+@pytest.fixture(scope="session", params=["redis", "rabbitmq"])
+def broker(request: pytest.FixtureRequest, server: Server) -> Iterator[Broker]:
+    """Each broker in turn. The ledger is on the embedded server with both."""
+    if request.param == "rabbitmq":
+        running: RabbitMQ = request.getfixturevalue("rabbitmq")
+        yield Broker("rabbitmq", running.url, running.depth)
+        return
+    client = redis.Redis.from_url(server.url)
+    yield Broker("redis", server.url, lambda queue: (client.llen(queue), client.hlen(UNACKED)))
+    client.close()

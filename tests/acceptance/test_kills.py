@@ -113,26 +113,6 @@ def test_every_run_ends_although_workers_are_killed(
     assert leftover == []
 
 
-def test_a_long_step_of_a_live_worker_is_not_started_twice(
-    settings: Settings, engine: Engine, start_worker: Callable[..., WorkerProcess], record: Path
-) -> None:
-    """Longer than the lease and the broker's visibility timeout together."""
-    (settings.project / "tasks.py").write_text(TASKS)
-    step = Step(id="long", task="tasks:note", with_={"record": str(record), "name": "long", "seconds": 25})
-    plan = Plan.of(Workflow(name="w", steps=(step,)))
-    engine.ledger.put_plan(plan)
-    rescuer = Rescuer(engine)
-    rescuer.start()
-    start_worker()
-    start_worker()
-    engine.start("r", plan, event={}, params={})
-    queries = Queries(engine.ledger, engine.payloads)
-    wait_until(lambda: queries.run("r", with_steps=False).state.is_end, "the run ends", 60)
-    rescuer.stop()
-    assert len(record.read_text().splitlines()) == 1
-    assert queries.run("r").steps[0].losses == 0
-
-
 def test_a_live_step_is_not_started_again_because_the_server_was_away(tmp_path: Path) -> None:
     """Away for longer than a lease: nobody could renew it."""
     (tmp_path / "server").mkdir()

@@ -1,4 +1,4 @@
-"""The server goes away and comes back, roles are told to stop or are killed: nothing is lost, and nobody has to help."""
+"""The server goes away and comes back, roles are told to stop or are killed: nothing is lost, nobody has to help."""
 
 from __future__ import annotations
 

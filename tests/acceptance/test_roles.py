@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Server, command, environment, wait_until, write_project
+from orchestrator.settings import Settings
+from tests.acceptance.conftest import Broker
+from tests.conftest import command, environment, wait_until, write_project
 
 FILES = {
     "tasks.py": "def size(path):\n    return len(open(path).read())\n",
@@ -28,17 +30,19 @@ steps: {size: {task: "tasks:size", pool: other, with: {path: "{{ event.data.path
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    write_project(tmp_path / "project", FILES)
-    return tmp_path / "project"
+def project(settings: Settings) -> Path:
+    write_project(settings.project, FILES)
+    return settings.project
 
 
 @pytest.fixture
-def roles(project: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+def roles(project: Path, settings: Settings, broker: Broker, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Two of each but the triggers, which nobody leads yet."""
-    server = Server(tmp_path / "server")
-    server.start()
-    env = environment(ORCHESTRATOR_BROKER_URL=server.url, ORCHESTRATOR_DATA_DIR=str(tmp_path / "data"))
+    env = environment(
+        ORCHESTRATOR_BROKER_URL=broker.url,
+        ORCHESTRATOR_LEDGER_URL=settings.ledger_url,
+        ORCHESTRATOR_DATA_DIR=str(settings.data_dir),
+    )
     lines = [["dispatcher"], ["dispatcher"], ["trigger"], *([["worker", "--pool", p] for p in ("default", "other")])]
     log = (tmp_path / "roles.log").open("ab")
     started = [
@@ -49,7 +53,6 @@ def roles(project: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
         process.terminate()
     codes = [process.wait(timeout=60) for process in started]
     log.close()
-    server.stop()
     assert codes == [0] * len(started), (tmp_path / "roles.log").read_text()
 
 
@@ -70,3 +73,12 @@ def test_a_file_starts_each_workflow_that_watches_its_folder_once(project: Path,
     found = wait_until(ended, "all runs have ended", 60)
     for name in ("one", "two"):
         assert sorted(run["output"] for run in found if run["workflow"] == name) == list(range(20))
+
+
+def test_doctor_finds_both_servers(project: Path, settings: Settings, broker: Broker) -> None:
+    env = environment(ORCHESTRATOR_BROKER_URL=broker.url, ORCHESTRATOR_LEDGER_URL=settings.ledger_url)
+    line = command("doctor", "--project", str(project), "--json")
+    report = json.loads(subprocess.run(line, capture_output=True, text=True, env=env, check=True).stdout)
+    assert [check["name"] for check in report["checks"] if check["ok"]][1:3] == ["ledger", "broker"]
+    assert report["ok"]
+    assert ":***@" in report["broker_url"]

@@ -131,6 +131,31 @@ def test_who_slept_past_the_lease_may_commit_if_nobody_took_over(ledger: Ledger)
     assert ledger.complete("r", taken, "succeeded", how=HOW, inline="").verdict == "ok"
 
 
+def test_a_lease_that_was_given_up_is_the_holders_again_if_nobody_took_over(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"))
+    taken = take(ledger, "r", "a", how=BRIEF)
+    time.sleep(0.005)
+    assert ledger.sweep("r")[1] == ["a"]
+    assert ledger.renew("r", [("a", taken.fence)]) == []
+    assert ledger.begin("r", ["a"], HOW).verdict == "held"  # the message that the sweep had published
+    assert ledger.sweep("r", 0)[1] == []
+    ledger.complete("r", taken, "succeeded", how=HOW, inline="")
+    assert ledger.renew("r", [("a", taken.fence)]) == []  # too late: it has ended
+    assert ledger.client.zcard(keys.run_key("r", "leases")) == 0
+
+
+def test_a_part_that_was_given_up_is_the_holders_again_only_for_the_item_in_work(ledger: Ledger) -> None:
+    fan(ledger, "r")
+    part = take(ledger, "r", *expand(ledger, "r", "f", 3, size=3).publish, how=BRIEF)
+    time.sleep(0.005)
+    assert ledger.sweep("r")[1] == [part.unit]
+    assert ledger.renew("r", [(part.unit, part.fence)]) == []
+    assert ledger.begin("r", [part.unit], HOW).verdict == "held"
+    ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="")  # draining: the rest goes back
+    assert ledger.renew("r", [(part.unit, part.fence)]) == []
+    assert take(ledger, "r", part.unit).index == 1
+
+
 def test_the_sweep_finds_lost_leases_once_and_counts_the_loss(ledger: Ledger) -> None:
     start(ledger, "r", step("a"))
     take(ledger, "r", "a", how=BRIEF)

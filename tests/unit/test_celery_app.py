@@ -21,3 +21,10 @@ def test_the_environment_of_somebodys_celery_is_not_for_us(tmp_path: Path, monke
     with app.producer_pool.connections.acquire(block=False) as connection:
         assert connection.hostname == "ours"
     assert type(app.backend).__name__ == "DisabledBackend"
+
+
+def test_rabbitmq_has_its_options_and_confirms_what_is_published(tmp_path: Path) -> None:
+    urls = {"broker_url": "amqp://h//", "ledger_url": "redis://h/0"}
+    app = make_app(Settings.load(tmp_path, environ={}, **urls), pool="default")
+    assert app.conf.broker_transport_options == {"confirm_publish": True}
+    assert all(queue.durable for queue in app.conf.task_queues)

@@ -34,6 +34,11 @@ def test_one_redis_url_serves_both(tmp_path: Path) -> None:
     assert (found.ledger_url, found.is_embedded) == ("redis://h/0", False)
 
 
+def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> None:
+    found = load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": "amqp://h//", "ORCHESTRATOR_LEDGER_URL": "redis://h/0"})
+    assert (found.broker_url, found.ledger_url) == ("amqp://h//", "redis://h/0")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -45,6 +50,7 @@ def test_one_redis_url_serves_both(tmp_path: Path) -> None:
         ("[settings]\nfsync = 'no'", "fsync must be everysec or always"),
         ("[settings]\nledger_url = 'amqp://x'", "ledger_url must be a redis:// URL"),
         ("[settings]\nbroker_url = 'amqp://x'", "broker_url is set but ledger_url is not"),
+        ("[settings]\nbroker_url = 'rabbit:hunter2@h'", "broker_url must be a redis:// or an amqp:// URL"),
         ("[settings]\nblobs_url = 'ftp://x'", "blobs_url must be a file:// URL"),
         ("[pools.a]\nconcurrency = 0", "pools.a.concurrency: must be a whole number from 1, not 0"),
         ("[pools.a]\nsize = 1", "pools.a.size: unknown key 'size'"),
