@@ -21,7 +21,6 @@ from orchestrator.brokers import Broker, broker_of
 from orchestrator.celery_app import PRIORITIES, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import NotFoundError, OrchestratorError, UnavailableError
-from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage
 
@@ -34,8 +33,8 @@ _HOUSEKEEPING_ROUNDS = 600
 _BATCH = 200
 #: After a gap this long between two rounds leases may have run out because nobody could renew them, ...
 _GAP_MS = 3_000
-#: ... and the living have this long to do it.
-_GRACE_MS = int(2 * RENEW_S * 1000)
+#: ... and the living, who renew every RENEW_S and at once after an outage, have this long to do it.
+_GRACE_MS = 4_000
 
 
 class Rescuer:

@@ -172,10 +172,10 @@ def answers(url: str | None) -> bool:
 
 
 @contextmanager
-def embedded_server(data_dir: Path) -> Iterator[str]:
+def embedded_server(data_dir: Path, fsync: str) -> Iterator[str]:
     """Run an embedded server and give its URL, without the number of a database."""
     data_dir.mkdir()
-    with process(EmbeddedServer(data_dir, fsync="everysec").prepare(), data_dir / "server.log"):
+    with process(EmbeddedServer(data_dir, fsync=fsync).prepare(), data_dir / "server.log"):
         url = EmbeddedServer.url_of(data_dir)
         assert url is not None
         wait_until(lambda: answers(url), "the server answers")
@@ -484,13 +484,13 @@ def show(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], about: dic
     out.print(", ".join(f"{name} {value}" for name, value in about.items()))
 
 
-def measure(rounds: int, wanted: set[str], work: Path) -> tuple[list[Outcome], dict[str, Any]]:
+def measure(rounds: int, wanted: set[str], work: Path, fsync: str) -> tuple[list[Outcome], dict[str, Any]]:
     """Start all that is needed, measure, stop it."""
     project = work / "project"
     shutil.copytree(HERE / "project", project, ignore=shutil.ignore_patterns("__pycache__"))
     outcomes: list[Outcome] = []
     with ExitStack() as stack:
-        url = stack.enter_context(embedded_server(work / "data"))
+        url = stack.enter_context(embedded_server(work / "data", fsync))
         os.environ["BENCH_PLAIN_URL"] = f"{url}/1"
         settings = Settings.load(
             project, environ={}, data_dir=work / "data", broker_url=f"{url}/0", ledger_url=f"{url}/0"
@@ -519,6 +519,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(known), help=f"some of {','.join(known)}")
     parser.add_argument("--json", type=Path, metavar="FILE", default=HERE / "result.json", help="where to keep figures")
+    parser.add_argument("--fsync", choices=("everysec", "always"), default="everysec", help="of the server, for both")
     arguments = parser.parse_args()
     wanted = set(arguments.only.split(","))
     if arguments.rounds < 1 or not wanted <= set(known):
@@ -526,7 +527,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="orchestrator-bench-") as work:
         try:
-            outcomes, about = measure(arguments.rounds, wanted, Path(work))
+            outcomes, about = measure(arguments.rounds, wanted, Path(work), arguments.fsync)
         except KeyboardInterrupt:
             sys.exit(130)
     rows = [row for outcome in outcomes for row in summary(outcome)]
