@@ -51,9 +51,10 @@ class Role:
     name: str
     command: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
+    #: Told the pid each time that the role was started.
+    started: Callable[[int], object] | None = None
     process: subprocess.Popen[bytes] | None = None
     restart_at: float = 0.0
-    starts: int = 0
 
     @property
     def pid(self) -> int | None:
@@ -84,7 +85,8 @@ class System:
                 role.command, cwd=self.work, env=environment(**role.env), stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, start_new_session=True,
             )  # fmt: skip
-        role.starts += 1
+        if role.started is not None:
+            role.started(role.process.pid)
 
     def _keep(self) -> None:
         while not self._stopping.wait(_POLL_S):

@@ -119,12 +119,9 @@ class _Arms:
         except FileExistsError:
             return
         pids = self._victims(arm["role"])
-        Journal(self._work / "harms.jsonl").harm(
-            Harm(time.monotonic(), "kill", arm["role"], pids[0], tuple(pids[1:] if arm["role"] != "server" else ()))
-        )
-        for pid in pids[1:] if arm["role"] == "parent" else ():
-            del pid  # they live on, without their parent
-        for pid in pids if arm["role"] != "parent" else pids[:1]:
+        Journal(self._work / "harms.jsonl").harm(Harm(time.monotonic(), "kill", arm["role"], pids[0], tuple(pids[1:])))
+        # The children of a parent that is killed alone are left to themselves.
+        for pid in pids[:1] if arm["role"] == "parent" else pids:
             os.kill(pid, signal.SIGKILL)
 
     def _victims(self, role: str) -> list[int]:
