@@ -1,6 +1,6 @@
 """Command line of the chaos harness.
 
-python -m tests.chaos [--kills 1000] [--seed 1] [--minutes 60] [--every 1.8] [--json FILE]
+python -m tests.chaos [--kills 1000] [--seed 1] [--minutes 60] [--every 1.7] [--json FILE]
 python -m tests.chaos points [NAME ...] [--parallel 2] [--json FILE]
 """
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000, help="random: end after so many kills")
     parser.add_argument("--seed", type=int, default=None, help="random: repeats its choices")
     parser.add_argument("--minutes", type=float, default=60.0, help="random: end after so long")
-    parser.add_argument("--every", type=float, default=1.8, help="random: seconds between kills, on average")
+    parser.add_argument("--every", type=float, default=1.7, help="random: seconds between kills, on average")
     parser.add_argument("--parallel", type=int, default=3, help="points: so many at a time")
     parser.add_argument("--json", type=Path, default=None, help="write the report there as well")
     parser.add_argument("--keep", action="store_true", help="keep logs and record although all went well")

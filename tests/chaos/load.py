@@ -135,7 +135,8 @@ class Load:
         starts += [("fan", 200), ("nested", x)]
         if number % 5 == 1:
             starts.append(("fan", 5000))
-        if number % 7 == 2:
+        # More than one at a time would have all children wait, and what waits for a child is no recovery.
+        if number % 7 == 2 and not any(run.kind.name == "long" for run in self.open.values()):
             starts.append(("long", x))
         self._chance.shuffle(starts)
         for kind, value in starts:

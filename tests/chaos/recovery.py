@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.chaos.record import Execution, Harm
 
 #: A process whose last body ended so long ago, at most, was between two steps when it was struck.
 _BETWEEN_S = 0.5
+#: So long after a kill of the server a lease may be held up: it starts again, and all are given time to renew theirs.
+_OUTAGE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class Recovery:
     seconds: float
     run: str = ""
     slot: str = ""
+    #: Whether the server was killed meanwhile, or so shortly before that leases were not yet looked after again.
+    server_too: bool = False
 
 
 def measure(record: Mapping[str, Mapping[str, list[Execution]]], harms: Sequence[Harm]) -> list[Recovery]:
@@ -37,13 +41,19 @@ def measure(record: Mapping[str, Mapping[str, list[Execution]]], harms: Sequence
     for moments in by_run.values():
         moments.sort()
     found = []
+    outages = [harm.at for harm in harms if harm.target == "server"]
     for harm in harms:
         if harm.target in ("child", "worker", "parent", "family"):
             for pid in (harm.pid, *harm.family):
                 found += _of_process(by_pid.get(pid, []), by_run, harm)
         elif (moment := _next(begins, harm.at)) is not None:
             found.append(Recovery(harm, "all", moment - harm.at))
-    return found
+    return [
+        replace(one, server_too=any(one.harm.at - _OUTAGE_S <= at <= one.harm.at + one.seconds for at in outages))
+        if one.of != "all"
+        else one
+        for one in found
+    ]
 
 
 def _of_process(

@@ -88,6 +88,9 @@ def summarise(recoveries: Sequence[Recovery]) -> dict[str, dict[str, float]]:
     """Return p50, p95 and max by what was done and what had to go on."""
     groups: dict[str, list[float]] = {}
     for one in recoveries:
+        if one.server_too:
+            groups.setdefault("any of these, and the server killed", []).append(one.seconds)
+            continue
         groups.setdefault(f"{one.harm.what} {one.harm.target}: {one.of}", []).append(one.seconds)
         if one.of != "all" and one.harm.what == "kill":
             groups.setdefault("kill of a worker or child, in all", []).append(one.seconds)
@@ -106,7 +109,7 @@ def slowest(recoveries: Sequence[Recovery], count: int = 10) -> list[dict[str, A
     longest = sorted((one for one in recoveries if one.of != "all"), key=lambda one: -one.seconds)[:count]
     return [
         {"seconds": round(one.seconds, 2), "harm": f"{one.harm.what} {one.harm.target}", "pid": one.harm.pid,
-         "at": one.harm.at, "of": one.of, "run": one.run, "slot": one.slot}
+         "at": one.harm.at, "of": one.of, "run": one.run, "slot": one.slot, "server_too": one.server_too}
         for one in longest
     ]  # fmt: skip
 
