@@ -7,7 +7,9 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -16,17 +18,49 @@ from tests.chaos.processes import System, children, part_of_up
 from tests.chaos.record import Harm, Journal, Tail
 
 #: How often each is chosen, of 100.
-_WEIGHTS = {"child": 68, "worker": 9, "control": 7, "dispatcher": 6, "trigger": 6, "stop": 4}
+WEIGHTS = {"child": 68, "worker": 9, "control": 7, "dispatcher": 6, "trigger": 6, "stop": 4}
 _STOPS = ("parent", "child", "family")
 #: Between two kills of the server; above 30 s `up` starts it again without delay.
 _SERVER_S = (25.0, 40.0)
 
 
-class Killer:
-    """Strikes the parts of `up` and the roles beside it."""
+class Targets(Protocol):
+    """Where the processes are that may be struck; a pid is None while one is not there."""
 
-    def __init__(self, system: System, work: Path, chance: random.Random) -> None:
-        self._system = system
+    def server(self) -> int | None: ...
+
+    def workers(self) -> list[int]:
+        """Return the parents of the workers that are there."""
+
+    def other(self, what: str) -> int | None:
+        """Return the process of another name in the weights."""
+
+
+class Parts:
+    """The parts of `up`, and the roles that the harness keeps beside it."""
+
+    def __init__(self, system: System) -> None:
+        self._roles = system.roles
+
+    def server(self) -> int | None:
+        return part_of_up(self._roles["up"].pid, "valkey-server")
+
+    def workers(self) -> list[int]:
+        found = (part_of_up(self._roles["up"].pid, "worker"), self._roles["worker"].pid)
+        return [pid for pid in found if pid is not None]
+
+    def other(self, what: str) -> int | None:
+        return part_of_up(self._roles["up"].pid, "control") if what == "control" else self._roles[what].pid
+
+
+class Killer:
+    """Strikes what it is given, as often as `weights` say; the server by the clock."""
+
+    def __init__(
+        self, targets: Targets, work: Path, chance: random.Random, weights: Mapping[str, int] = WEIGHTS
+    ) -> None:
+        self._targets = targets
+        self._weights = weights
         self._chance = chance
         self._journal = Journal(work / "harms.jsonl")
         self._tail = Tail(work / "record")
@@ -56,29 +90,22 @@ class Killer:
         self.wake(now)
         if now >= self._server_at:
             self._server_at = now + self._chance.uniform(*_SERVER_S)
-            self._kill("server", part_of_up(self._system.roles["up"].pid, "valkey-server"))
+            self._kill("server", self._targets.server())
             return
-        (what,) = self._chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))
+        (what,) = self._chance.choices(list(self._weights), list(self._weights.values()))
         if what == "stop":
             self._stop()
         elif what == "child":
             self._kill(what, self._busy_child())
         elif what == "worker":
-            parent = self._chance.choice(self._parents() or [None])
+            parent = self._chance.choice(self._targets.workers() or [None])
             self._kill(what, parent, tuple(child.pid for child in children(parent)))
-        elif what == "control":
-            self._kill(what, part_of_up(self._system.roles["up"].pid, "control"))
         else:
-            self._kill(what, self._system.roles[what].pid)
-
-    def _parents(self) -> list[int]:
-        """Return the pids of the workers that are there: that of `up` and the one beside it."""
-        found = (part_of_up(self._system.roles["up"].pid, "worker"), self._system.roles["worker"].pid)
-        return [pid for pid in found if pid is not None]
+            self._kill(what, self._targets.other(what))
 
     def _busy_child(self) -> int | None:
         """Return a child that is in a body, or was a moment ago; else any."""
-        found = [child.pid for parent in self._parents() for child in children(parent)]
+        found = [child.pid for parent in self._targets.workers() for child in children(parent)]
         busy = self._tail.busy()
         some = [pid for pid in found if pid in busy] or found
         return self._chance.choice(some) if some else None
@@ -91,7 +118,7 @@ class Killer:
 
     def _stop(self) -> None:
         """Stop a worker for longer than its lease: its parent, one child, or all of it. One at a time."""
-        parents = self._parents()
+        parents = self._targets.workers()
         if self._stopped or not parents:
             return
         what = self._chance.choice(_STOPS)

@@ -57,14 +57,14 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("complete.after", _EXECUTORS, "tangle", nth=2),
     # Ready, and not yet published; half of it published; published, and not cleared from the outbox.
     *_one("publish.before", (*_EXECUTORS, "dispatcher"), "tangle"),
-    *_one("publish.before", ("parent",), "shared", 24),
+    *_one("publish.before", ("parent",), "shared", 130),
     *_one("expand.before", ("child",), "fan", 200),
     *_one("expand.after", _EXECUTORS, "fan", 200),
     *_one("bulk", _EXECUTORS, "fan", 10_000, nth=40),
     *_one("bulk", ("dispatcher",), "wide", nth=20),
     *_one("clear.before", (*_EXECUTORS, "dispatcher"), "fan", 200),
-    *_one("clear.before", ("parent",), "shared", 24),
-    *_one("give_back.after", ("parent",), "shared", 24),
+    *_one("clear.before", ("parent",), "shared", 130),
+    *_one("give_back.after", ("parent",), "shared", 130),
     # What another process was about to repair.
     Scenario((_LEFT_BEHIND, Strike("sweep.after", "rescuer")), "tangle"),
     Scenario((_LOST_WORKER, Strike("sweep.after", "rescuer")), "chain"),

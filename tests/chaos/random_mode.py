@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.chaos import checks, record, recovery
-from tests.chaos.killer import Killer
+from tests.chaos.killer import Killer, Parts
 from tests.chaos.load import Load
 from tests.chaos.processes import Role, System, is_ready, orchestrator, wait_for
 from tests.chaos.report import Report, console, slowest, summarise
@@ -38,7 +38,7 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
         for name in ("dispatcher", "trigger", "worker"):
             system.start(Role(name, orchestrator(name, *place)))
         load = Load(work, data_dir, random.Random(seed))
-        killer = Killer(system, work, random.Random(seed + 1))
+        killer = Killer(Parts(system), work, random.Random(seed + 1))
         starter = threading.Thread(target=load.run, args=(_IN_FLIGHT,), name="load")
         starter.start()
         try:

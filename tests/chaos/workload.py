@@ -97,7 +97,7 @@ class Kind:
         return {"workflow": self.name, "on": [on], "params": names, "steps": self.steps, "output": self.output}
 
 
-def _add(*values: str, seconds: float = 0.0, **options: Any) -> dict[str, Any]:
+def _add(*values: str, seconds: float | str = 0.0, **options: Any) -> dict[str, Any]:
     text = "{{ [" + ", ".join(values) + "] }}"
     return {"task": "tasks:add", "with": {"values": text, "seconds": seconds}, **options}
 
@@ -160,10 +160,10 @@ def _wide() -> Kind:
 
 
 def _shared() -> Kind:
-    """Items that are long enough for a part to be shared: its parent gives back what waits in it."""
+    """The first item takes so long that its parent gives back what waits behind it in the same part."""
     steps = {
         "numbers": {"task": "tasks:count", "with": {"n": "{{ params.x }}"}},
-        "each": _add("item", "1", seconds=0.3, foreach="{{ numbers }}"),
+        "each": _add("item", "1", seconds="{{ 1.5 if item == 0 else 0.01 }}", foreach="{{ numbers }}"),
         "total": {"task": "tasks:add", "with": {"values": "{{ each }}"}},
     }
     return Kind(
