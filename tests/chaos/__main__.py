@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, help="write the report there as well")
     parser.add_argument("--keep", action="store_true", help="keep logs and record although all went well")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and all that was started is stopped
     if options.mode == "points":
         from tests.chaos import points_mode
 

@@ -37,6 +37,7 @@ def run(names: Sequence[str], *, parallel: int) -> Report:
     report = Report("points", 0, "python -m tests.chaos points")
     base = Path(tempfile.mkdtemp(prefix="orchestrator-chaos-"))
     report.logs = str(base)
+    console.print(f"{len(wanted)} points, logs in {base}", style="dim")
     kills: Counter[str] = Counter()
     repeated: Counter[str] = Counter()
     with ThreadPoolExecutor(parallel) as pool:

@@ -28,6 +28,7 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
     report = Report("random", seed, f"make chaos KILLS={kills} SEED={seed}")
     work = Path(tempfile.mkdtemp(prefix="orchestrator-chaos-"))
     report.logs = str(work)
+    console.print(f"seed {seed}, logs in {work}", style="dim")
     project, data_dir = work / "project", work / "data"
     write_project(project)
     system = System(work)
