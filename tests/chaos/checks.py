@@ -210,6 +210,22 @@ def check_keys(engine: Engine) -> list[str]:
     return wrong
 
 
+def state_of(engine: Engine, runs: Iterable[str]) -> dict[str, Any]:
+    """Return all that the ledger and the broker hold of runs that have not ended, to be looked into."""
+    client = engine.ledger.client
+    found: dict[str, Any] = {"now": client.time(), "queues": {}, "unacked": {}, "runs": {}}
+    for key in client.scan_iter("orchestrator.*", _type="list"):
+        found["queues"][key] = client.lrange(key, 0, 50)
+    for key in UNACKED:
+        if client.type(key) == "hash":
+            found["unacked"][key] = client.hgetall(key)
+    for run in runs:
+        found["runs"][run] = {name: client.hgetall(keys.run_key(run, name)) for name in ("run", "states", "units")}
+        for name in ("leases", "outbox"):
+            found["runs"][run][name] = client.zrange(keys.run_key(run, name), 0, -1, withscores=True)
+    return found
+
+
 def check_all(engine: Engine, seen: Evidence) -> dict[str, list[str]]:
     """Do every check: name -> what is wrong."""
     return {

@@ -135,6 +135,8 @@ class _Place:
         bodies = record.parse((self._work / "record").read_text().splitlines())
         if ended is None:
             faults["progress"] = [f"the run has not ended within {_END_S:g} s"]
+            state = checks.state_of(load.engine, load.open)
+            (self._work / "stuck.json").write_text(json.dumps(state, indent=1))
         if len(harms) != len(self._scenario.strikes):
             faults["reached"] = [f"only {len(harms)} of {len(self._scenario.strikes)} strikes were made"]
         seen = checks.gather(load.engine, load.expected(), bodies, harms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 import threading
@@ -51,6 +52,8 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
         report.kills, report.stops = dict(killer.counts), dict(killer.stops)
         console.print(f"{killer.kills} killed; {load.in_flight} of {len(load.roots)} runs are in flight", style="dim")
         if not _settle(load, work):
+            state = checks.state_of(load.engine, load.open)
+            (work / "stuck.json").write_text(json.dumps(state, indent=1))
             report.faults["progress"] = [f"{len(load.open)} runs had no progress for {STUCK_S:g} s: {_some(load)}"]
         _judge(report, load, work)
         load.close()

@@ -93,7 +93,7 @@ def summarise(recoveries: Sequence[Recovery]) -> dict[str, dict[str, float]]:
             continue
         groups.setdefault(f"{one.harm.what} {one.harm.target}: {one.of}", []).append(one.seconds)
         if one.of != "all" and one.harm.what == "kill":
-            groups.setdefault("kill of a worker or child, in all", []).append(one.seconds)
+            groups.setdefault(f"kill child or worker: {one.of}", []).append(one.seconds)
     found = {}
     for name, times in sorted(groups.items()):
         times.sort()
