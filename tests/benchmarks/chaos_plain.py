@@ -129,6 +129,7 @@ def run(*, kills: int, seed: int, every_s: float, is_tight: bool) -> dict[str, A
             if len(load.open) < _IN_FLIGHT + 6 * (number // 6):  # what will never end is not to hold up what comes
                 load.round(number)
                 number += 1
+            killer.wake(time.monotonic())
             if time.monotonic() >= strike_at:
                 killer.strike()
                 strike_at = time.monotonic() + chance.uniform(0.2, 1.8) * every_s

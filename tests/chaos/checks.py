@@ -25,6 +25,8 @@ BROKER_KEYS = ("_kombu.binding*", "*.bell", "unacked_mutex")
 #: Where the broker keeps what was taken and not acknowledged: kombu's names and ours.
 UNACKED = ("unacked", "unacked_index", "orchestrator.unacked", "orchestrator.unacked_index")
 _BATCH = 50
+#: A process that was stopped, and took something before, begins it this soon after it goes on.
+_AWAKE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,15 @@ def check_outcomes(seen: Evidence) -> list[str]:
 
 
 def blame(earlier: Execution, later: Execution, harms: Iterable[Harm]) -> str:
-    """Say what made a body run again: a harm to its process or the server, else `lease`."""
+    """Say what made a body run again: a harm to its process or the server, else `lease`.
+
+    The one that began later may be the one that was taken first: by a process that was stopped in between.
+    """
     harms = list(harms)
     for harm in harms:
-        if harm.hit(earlier.pid, earlier.begin, later.begin):
+        if harm.hit(earlier.pid, earlier.begin, later.begin) or harm.hit(
+            later.pid, later.begin - _AWAKE_S, later.begin
+        ):
             return f"{harm.what} {harm.target}"
     if any(h.target == "server" and earlier.begin - 1 <= h.at <= later.begin for h in harms):
         return "server"

@@ -66,10 +66,13 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
 
 
 def _strike(killer: Killer, load: Load, kills: int, until: float, every_s: float, chance: random.Random) -> None:
-    said = time.monotonic()
+    said = strike_at = time.monotonic()
     while killer.kills < kills and time.monotonic() < until:
-        load.stop.wait(chance.uniform(0.2, 1.8) * every_s)  # nobody sets it: the time between two kills
-        killer.strike()
+        time.sleep(0.02)
+        killer.wake(time.monotonic())
+        if time.monotonic() >= strike_at:
+            killer.strike()
+            strike_at = time.monotonic() + chance.uniform(0.2, 1.8) * every_s
         if time.monotonic() - said > 30:
             said = time.monotonic()
             console.print(f"{killer.kills} killed, {load.in_flight} of {len(load.roots)} runs in flight", style="dim")

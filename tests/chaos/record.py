@@ -98,8 +98,8 @@ class Tail:
     def size(self) -> int:
         return self._path.stat().st_size
 
-    def busy(self, within_s: float = 0.5) -> set[int]:
-        """Return the processes that are in a body or ended one a moment ago."""
+    def busy(self, within_s: float = 0.5) -> tuple[set[int], set[int]]:
+        """Return the processes that are in a body or ended one a moment ago; and those that are in a long one."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
             text = self._rest + file.read()
@@ -110,4 +110,6 @@ class Tail:
             word, _, _, pid, moment = line.decode().split()
             self._last[int(pid)] = (word, float(moment))
         now = time.monotonic()
-        return {pid for pid, (word, moment) in self._last.items() if word == "begin" or now - moment < within_s}
+        inside = {pid for pid, (word, _) in self._last.items() if word == "begin"}
+        recent = {pid for pid, (_, moment) in self._last.items() if now - moment < within_s}
+        return inside | recent, inside - recent

@@ -89,6 +89,9 @@ def test_a_body_that_ran_again_needs_a_loss_and_somebody_to_blame() -> None:
     family = Harm(7.5, "stop", "family", 9, (10, 12), until=9.0)
     assert checks.check_unblamed(replace(again, harms=[family])) == []
     assert checks.repeats(replace(again, harms=[family])) == {"stop family": 1}
+    # It was taken by 11, which then slept, and had been done by 10 when 11 went on.
+    assert checks.check_unblamed(replace(again, harms=[Harm(6.5, "stop", "child", 11, until=19.9)])) == []
+    assert checks.check_unblamed(replace(again, harms=[Harm(6.5, "stop", "child", 11, until=17.0)]))
 
 
 def test_queues_and_keys_that_are_left_over(engine: Engine) -> None:
