@@ -2,7 +2,7 @@
 
 A name is `point@role`, or several joined by ` then `: the next is armed when the one before has struck. Who is killed:
 `child`, `parent` (alone), `worker` (parent and children at once), `dispatcher`, `rescuer` (its process), `trigger`, or
-`server` (while a child is at the point).
+`server` (while a child is at the point, or who stands behind a dash).
 """
 
 from __future__ import annotations
@@ -83,6 +83,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("start_index.after", ("dispatcher",), "chain"),
     *_one("start.after", ("dispatcher",), "chain"),
     *_one("seen.before", ("dispatcher",), "chain"),
+    # The server, while others than a child are at work with it.
+    *_one("ack.before", ("server-parent", "server-dispatcher"), "chain"),
+    *_one("bulk", ("server-dispatcher",), "wide", nth=20),
+    *_one("start.after", ("server-dispatcher",), "tangle"),
+    *_one("seen.before", ("server-dispatcher",), "chain"),
+    *_one("emit.before", ("server-trigger",), "take"),
+    *_one("mark.before", ("server-trigger",), "take"),
     # A nested run: started, ended, its parent told.
     *_one("start_index.after", ("child", "worker"), "nested"),
     *_one("start.after", ("child", "worker"), "nested"),

@@ -48,7 +48,7 @@ def run(names: Sequence[str], *, parallel: int) -> Report:
             }
             report.bodies += row.pop("bodies")
             repeated.update(row.pop("repeated"))
-            kills.update(strike.role for strike in scenario.strikes if row["ok"])
+            kills.update(row.pop("kills"))
             console.print(f"{scenario.name}: {'ok' if row['ok'] else 'FAILED'}", style="dim")
     report.kills, report.repeated = dict(kills), dict(repeated)
     report.runs = dict(Counter(scenario.kind for scenario in wanted))
@@ -69,7 +69,7 @@ def _guarded(scenario: Scenario, base: Path) -> dict[str, Any]:
         faults = {"harness": [f"{type(exc).__name__}: {exc}"]}
         return {
             "name": scenario.name, "killed": "-", "next": None, "end": None, "ok": False, "bodies": 0, "repeated": {},
-            "faults": faults,
+            "kills": {}, "faults": faults,
         }  # fmt: skip
 
 
@@ -158,6 +158,7 @@ class _Place:
             "ok": not any(faults.values()),
             "bodies": sum(len(executions) for slots in bodies.values() for executions in slots.values()),
             "repeated": checks.repeats(seen),
+            "kills": Counter(harm.target for harm in harms),
             "faults": faults,
         }
 

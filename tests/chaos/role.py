@@ -76,7 +76,13 @@ POINTS = {
 }
 
 #: Who reaches the point that is struck under this name; others reach it themselves.
-_REACHED_BY = {"worker": "child", "server": "child"}
+_REACHED_BY = {
+    "worker": "child",
+    "server": "child",
+    "server-dispatcher": "dispatcher",
+    "server-trigger": "trigger",
+    "server-parent": "parent",
+}
 
 
 class _Arms:
@@ -119,14 +125,15 @@ class _Arms:
         except FileExistsError:
             return
         pids = self._victims(arm["role"])
-        Journal(self._work / "harms.jsonl").harm(Harm(time.monotonic(), "kill", arm["role"], pids[0], tuple(pids[1:])))
+        target = arm["role"].partition("-")[0]
+        Journal(self._work / "harms.jsonl").harm(Harm(time.monotonic(), "kill", target, pids[0], tuple(pids[1:])))
         # The children of a parent that is killed alone are left to themselves.
         for pid in pids[:1] if arm["role"] == "parent" else pids:
             os.kill(pid, signal.SIGKILL)
 
     def _victims(self, role: str) -> list[int]:
         """Return whom to kill, this process last; for a parent also those who suffer with it."""
-        if role == "server":
+        if role.startswith("server"):
             return [int((self._work / "server.pid").read_text())]
         if role not in ("worker", "parent"):
             return [os.getpid()]
