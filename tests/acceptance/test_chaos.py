@@ -29,5 +29,5 @@ def test_everything_ends_although_anything_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_kill_at_each_named_point_is_repaired(tmp_path: Path) -> None:
-    report = _chaos(tmp_path, "points")
+    report = _chaos(tmp_path, "points", "--parallel", "4")
     assert all(point["ok"] for point in report["points"])
