@@ -121,11 +121,19 @@ class System:
 
 
 def children(pid: int | None) -> list[psutil.Process]:
-    """Return the processes below a process; none if it is gone."""
+    """Return the processes below a process that live; none if it is gone. A child that was not reaped yet is dead."""
     try:
-        return psutil.Process(pid).children(recursive=True) if pid is not None else []
+        below = psutil.Process(pid).children(recursive=True) if pid is not None else []
     except psutil.NoSuchProcess:
         return []
+    return [child for child in below if _lives(child)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def part_of_up(up_pid: int | None, sign: str) -> int | None:
