@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest
 
-.PHONY: help demo test acceptance lint format check bench clean
+.PHONY: help demo test acceptance lint format check bench chaos clean
 
 help: ## Show what there is
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,11 @@ test: $(BIN)/.installed ## Run the tests (under 10 minutes on two cores)
 
 acceptance: $(BIN)/.installed ## Run the long tests with many real processes (up to 40 minutes)
 	$(PYTEST) tests/acceptance --timeout 1200
+
+KILLS ?= 1000
+MINUTES ?= 60
+chaos: $(BIN)/.installed ## Kill processes at random under load, then check all (KILLS=1000 SEED=random MINUTES=60)
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(CHAOS_OPTIONS)
 
 lint: $(BIN)/.installed ## Check style, types, spelling and the direction of imports
 	$(BIN)/ruff check .

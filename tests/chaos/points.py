@@ -1,0 +1,98 @@
+"""The named points at which a process is killed, each with the smallest load that comes by there.
+
+A name is `point@role`, or several joined by ` then `: the next is armed when the one before has struck. Who is killed:
+`child`, `parent` (alone), `worker` (parent and children at once), `dispatcher`, `rescuer` (its process), `trigger`, or
+`server` (while a child is at the point, or who stands behind a dash).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """One kill: at which point, of whom, when it is reached for the nth time in a process."""
+
+    point: str
+    role: str
+    nth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One or more strikes, one run, and who is held up so that another gets there first."""
+
+    strikes: tuple[Strike, ...]
+    kind: str
+    x: int = 5
+    pauses: tuple[tuple[str, str, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return " then ".join(f"{strike.point}@{strike.role}" for strike in self.strikes)
+
+
+def _one(point: str, roles: Sequence[str], kind: str, x: int = 5, nth: int = 1) -> list[Scenario]:
+    return [Scenario((Strike(point, role, nth),), kind, x) for role in roles]
+
+
+_EXECUTORS = ("child", "worker", "server")
+_LOST_CHILD = Strike("complete.before", "child")
+_LOST_WORKER = Strike("complete.before", "worker")
+_LEFT_BEHIND = Strike("publish.before", "child")
+_LEFT_PARTS = Strike("publish_part.before", "child")
+_SLOW_PARENT = (("abandon.before", "parent", 3.0),)
+_SLOW_CHILD = (("abandon.before", "child", 3.0),)
+
+SCENARIOS: tuple[Scenario, ...] = (
+    # A message: taken and noted, acknowledged.
+    *_one("fetch.after", ("parent", "dispatcher"), "chain"),
+    *_one("ack.before", ("parent", "dispatcher"), "chain"),
+    # A step: taken, run, completed; in the middle of a chain, and where a join fires.
+    *_one("begin.before", _EXECUTORS, "chain"),
+    *_one("begin.after", _EXECUTORS, "chain"),
+    *_one("complete.before", _EXECUTORS, "chain", nth=3),
+    *_one("complete.after", _EXECUTORS, "tangle", nth=2),
+    # Ready, and not yet published; half of it published; published, and not cleared from the outbox.
+    *_one("publish.before", (*_EXECUTORS, "dispatcher"), "tangle"),
+    *_one("publish.before", ("parent",), "shared", 130),
+    *_one("expand.before", ("child",), "fan", 200),
+    *_one("expand.after", _EXECUTORS, "fan", 200),
+    *_one("bulk", _EXECUTORS, "fan", 10_000, nth=40),
+    *_one("bulk", ("dispatcher",), "wide", nth=20),
+    *_one("clear.before", (*_EXECUTORS, "dispatcher"), "fan", 200),
+    *_one("clear.before", ("parent",), "shared", 130),
+    *_one("give_back.after", ("parent",), "shared", 130),
+    # What another process was about to repair.
+    Scenario((_LEFT_BEHIND, Strike("sweep.after", "rescuer")), "tangle"),
+    Scenario((_LOST_WORKER, Strike("sweep.after", "rescuer")), "chain"),
+    Scenario((_LEFT_BEHIND, Strike("clear.before", "rescuer")), "tangle"),
+    Scenario((_LEFT_PARTS, Strike("bulk", "rescuer", 20)), "fan", 10_000),
+    # A takeover: whoever has just begun a lost unit dies too, or whoever was handing it over.
+    Scenario((_LOST_CHILD, Strike("begin_lost.after", "child")), "chain"),
+    Scenario((_LOST_CHILD, Strike("begin_lost.after", "worker")), "chain"),
+    Scenario((_LOST_WORKER, Strike("begin_lost.after", "child")), "chain"),
+    Scenario((_LOST_WORKER, Strike("begin_lost.after", "worker")), "chain"),
+    Scenario((_LOST_CHILD, Strike("abandon.after", "parent")), "chain", pauses=_SLOW_CHILD),
+    Scenario((_LOST_CHILD, Strike("abandon.after", "child")), "chain", pauses=_SLOW_PARENT),
+    # An event: noticed, on the bus, its runs started, noted as seen.
+    *_one("emit.before", ("trigger",), "take"),
+    *_one("mark.before", ("trigger",), "take"),
+    *_one("start_index.after", ("dispatcher",), "chain"),
+    *_one("start.after", ("dispatcher",), "chain"),
+    *_one("seen.before", ("dispatcher",), "chain"),
+    # The server, while others than a child are at work with it.
+    *_one("ack.before", ("server-parent", "server-dispatcher"), "chain"),
+    *_one("bulk", ("server-dispatcher",), "wide", nth=20),
+    *_one("start.after", ("server-dispatcher",), "tangle"),
+    *_one("seen.before", ("server-dispatcher",), "chain"),
+    *_one("emit.before", ("server-trigger",), "take"),
+    *_one("mark.before", ("server-trigger",), "take"),
+    # A nested run: started, ended, its parent told.
+    *_one("start_index.after", ("child", "worker"), "nested"),
+    *_one("start.after", ("child", "worker"), "nested"),
+    *_one("finish.after", _EXECUTORS, "nested"),
+    *_one("resolve.after", ("child", "worker"), "nested"),
+)  # fmt: skip

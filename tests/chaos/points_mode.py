@@ -1,0 +1,173 @@
+"""Deterministic mode: for each named point, a fresh system, one run, and one process killed there."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from orchestrator.embedded import EmbeddedServer
+from tests.chaos import checks, record
+from tests.chaos.load import Load
+from tests.chaos.points import SCENARIOS, Scenario
+from tests.chaos.processes import Role, System, is_ready, wait_for
+from tests.chaos.report import Report, console
+from tests.chaos.workload import write_project
+
+#: The run has ended after this, and its next step has begun after that: 15 s by guarantee G5, and what a process that
+#: is started again takes on a busy machine.
+_END_S = 90.0
+NEXT_S = 20.0
+
+
+def run(names: Sequence[str], *, parallel: int) -> Report:
+    """Do all scenarios, or those with these names."""
+    began = time.monotonic()
+    unknown = set(names) - {scenario.name for scenario in SCENARIOS}
+    if unknown:
+        raise SystemExit(f"no such point: {', '.join(sorted(unknown))}; there are:\n" + "\n".join(_names()))
+    wanted = [scenario for scenario in SCENARIOS if not names or scenario.name in names]
+    report = Report("points", 0, "python -m tests.chaos points")
+    base = Path(tempfile.mkdtemp(prefix="orchestrator-chaos-"))
+    report.logs = str(base)
+    console.print(f"{len(wanted)} points, logs in {base}", style="dim")
+    kills: Counter[str] = Counter()
+    repeated: Counter[str] = Counter()
+    with ThreadPoolExecutor(parallel) as pool:
+        for scenario, row in zip(wanted, pool.map(lambda one: _guarded(one, base), wanted), strict=True):
+            report.points.append(row)
+            report.faults |= {
+                f"{scenario.name}: {name}": faults for name, faults in row.pop("faults").items() if faults
+            }
+            report.bodies += row.pop("bodies")
+            repeated.update(row.pop("repeated"))
+            kills.update(row.pop("kills"))
+            console.print(f"{scenario.name}: {'ok' if row['ok'] else 'FAILED'}", style="dim")
+    report.kills, report.repeated = dict(kills), dict(repeated)
+    report.runs = dict(Counter(scenario.kind for scenario in wanted))
+    report.seconds = time.monotonic() - began
+    failed = [row["name"] for row in report.points if not row["ok"]]
+    report.again += "".join(f" '{name}'" for name in failed)
+    return report
+
+
+def _names() -> list[str]:
+    return [scenario.name for scenario in SCENARIOS]
+
+
+def _guarded(scenario: Scenario, base: Path) -> dict[str, Any]:
+    try:
+        return _Place(scenario, base).run()
+    except Exception as exc:  # noqa: BLE001 -- the other points are to be reached all the same
+        faults = {"harness": [f"{type(exc).__name__}: {exc}"]}
+        return {
+            "name": scenario.name, "killed": "-", "next": None, "end": None, "ok": False, "bodies": 0, "repeated": {},
+            "kills": {}, "faults": faults,
+        }  # fmt: skip
+
+
+class _Place:
+    """One system with its arms."""
+
+    def __init__(self, scenario: Scenario, base: Path) -> None:
+        self._scenario = scenario
+        self._work = base / scenario.name.replace(" ", "_")
+        self._data_dir = self._work / "data"
+        self._system = System(self._work)
+        write_project(self._work / "project")
+        self._data_dir.mkdir()
+
+    def run(self) -> dict[str, Any]:
+        try:
+            self._start()
+            load = Load(self._work, self._data_dir, random.Random(0))
+            try:
+                return self._judge(load)
+            finally:
+                load.close()
+        finally:
+            self._system.stop(timeout_s=15)
+
+    def _start(self) -> None:
+        server = Role("server", EmbeddedServer(self._data_dir, fsync="always").prepare(), started=self._note_server)
+        self._system.start(server)
+        env = {
+            "CHAOS_WORK": str(self._work),
+            "CHAOS_ARMS": json.dumps(self._arms()),
+            "CHAOS_PAUSES": json.dumps(
+                [{"point": point, "role": role, "seconds": s} for point, role, s in self._scenario.pauses]
+            ),
+        }
+        place = ("--project", str(self._work / "project"), "--data-dir", str(self._data_dir))
+        for name in ("dispatcher", "trigger", "worker"):
+            command = [sys.executable, "-P", "-m", "tests.chaos.role", name, *place]
+            self._system.start(Role(name, command, env))
+        wait_for(lambda: is_ready(self._data_dir), "the definitions are in force")
+
+    def _note_server(self, pid: int) -> None:
+        (self._work / "server.pid").write_text(str(pid))
+
+    def _arms(self) -> list[dict[str, Any]]:
+        arms: list[dict[str, Any]] = []
+        for number, strike in enumerate(self._scenario.strikes):
+            marker = str(self._work / f"marker-{number}")
+            after = arms[-1]["marker"] if arms else ""
+            arms.append(
+                {"point": strike.point, "role": strike.role, "nth": strike.nth, "marker": marker, "after": after}
+            )
+        return arms
+
+    def _judge(self, load: Load) -> dict[str, Any]:
+        faults: dict[str, list[str]] = {}
+        if self._scenario.kind == "take":
+            load.drop(self._scenario.x, 0.0)
+        else:
+            load.emit(self._scenario.kind, x=self._scenario.x)
+        ended = _until(lambda: (load.refresh(), not load.in_flight)[1], _END_S)
+        harms = record.read_harms(self._work / "harms.jsonl")
+        bodies = record.parse((self._work / "record").read_text().splitlines())
+        if ended is None:
+            faults["progress"] = [f"the run has not ended within {_END_S:g} s"]
+            state = checks.state_of(load.engine, load.open)
+            (self._work / "stuck.json").write_text(json.dumps(state, indent=1))
+        if len(harms) != len(self._scenario.strikes):
+            faults["reached"] = [f"only {len(harms)} of {len(self._scenario.strikes)} strikes were made"]
+        seen = checks.gather(load.engine, load.expected(), bodies, harms)
+        faults |= checks.check_all(load.engine, seen)
+        struck = harms[-1].at if harms else None
+        later = [
+            e.begin for slots in bodies.values() for es in slots.values() for e in es if struck and e.begin > struck
+        ]
+        waited = min(later) - struck if struck and later else None
+        total = ended - struck if struck and ended else None
+        took = waited if waited is not None else total
+        if took is not None and took > NEXT_S:
+            faults["recovery"] = [f"it went on after {took:.1f} s"]
+        return {
+            "name": self._scenario.name,
+            "killed": ", ".join(f"{harm.target} {harm.pid}" for harm in harms) or "-",
+            "next": waited,
+            "end": total,
+            "ok": not any(faults.values()),
+            "bodies": sum(len(executions) for slots in bodies.values() for executions in slots.values()),
+            "repeated": checks.repeats(seen),
+            "kills": Counter(harm.target for harm in harms),
+            "faults": faults,
+        }
+
+
+def _until(predicate: Callable[[], bool], timeout_s: float) -> float | None:
+    """Poll until it holds and return when that was; None if it never does."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if predicate():
+            return time.monotonic()
+        time.sleep(0.05)
+    return None

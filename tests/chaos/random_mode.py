@@ -1,0 +1,110 @@
+"""Random mode: a mixed load on real processes, and kills at random from a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.chaos import checks, record, recovery
+from tests.chaos.killer import Killer, Parts
+from tests.chaos.load import Load
+from tests.chaos.processes import Role, System, is_ready, orchestrator, wait_for
+from tests.chaos.report import Report, console, slowest, summarise
+from tests.chaos.workload import write_project
+
+#: No progress for so long, with nobody killed any more, means that something is lost.
+STUCK_S = 120.0
+#: Rounds start while fewer runs than this are in flight.
+_IN_FLIGHT = 14
+
+
+def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
+    """Run until so many were killed, or for so long; wait until all has ended; check. Keeps its directory."""
+    began = time.monotonic()
+    report = Report("random", seed, f"make chaos KILLS={kills} SEED={seed}")
+    work = Path(tempfile.mkdtemp(prefix="orchestrator-chaos-"))
+    report.logs = str(work)
+    console.print(f"seed {seed}, logs in {work}", style="dim")
+    project, data_dir = work / "project", work / "data"
+    write_project(project)
+    system = System(work)
+    place = ("--project", str(project), "--data-dir", str(data_dir))
+    system.start(Role("up", orchestrator("up", *place)))
+    try:
+        wait_for(lambda: is_ready(data_dir), "`up` is ready")
+        for name in ("dispatcher", "trigger", "worker"):
+            system.start(Role(name, orchestrator(name, *place)))
+        load = Load(work, data_dir, random.Random(seed))
+        killer = Killer(Parts(system), work, random.Random(seed + 1))
+        starter = threading.Thread(target=load.run, args=(_IN_FLIGHT,), name="load")
+        starter.start()
+        try:
+            _strike(killer, load, kills, began + minutes * 60, every_s, random.Random(seed + 2))
+        finally:
+            load.stop.set()
+            starter.join()
+            killer.close()
+        report.kills, report.stops = dict(killer.counts), dict(killer.stops)
+        console.print(f"{killer.kills} killed; {load.in_flight} of {len(load.roots)} runs are in flight", style="dim")
+        if not _settle(load, work):
+            state = checks.state_of(load.engine, load.open)
+            (work / "stuck.json").write_text(json.dumps(state, indent=1))
+            report.faults["progress"] = [f"{len(load.open)} runs had no progress for {STUCK_S:g} s: {_some(load)}"]
+        _judge(report, load, work)
+        load.close()
+    finally:
+        codes = system.stop()
+    if codes["up"] != 0:
+        report.faults["stop"] = [f"`up` ended with exit code {codes['up']}"]
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _strike(killer: Killer, load: Load, kills: int, until: float, every_s: float, chance: random.Random) -> None:
+    said = strike_at = time.monotonic()
+    while killer.kills < kills and time.monotonic() < until:
+        time.sleep(0.02)
+        killer.wake(time.monotonic())
+        if time.monotonic() >= strike_at:
+            killer.strike()
+            strike_at = time.monotonic() + chance.uniform(0.2, 1.8) * every_s
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            console.print(f"{killer.kills} killed, {load.in_flight} of {len(load.roots)} runs in flight", style="dim")
+
+
+def _settle(load: Load, work: Path) -> bool:
+    """Wait until all has ended; False if there was no progress for too long."""
+    seen, since = (0, 0), time.monotonic()
+    while load.in_flight:
+        load.refresh()
+        now = (load.in_flight, (work / "record").stat().st_size)
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > STUCK_S:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _some(load: Load) -> str:
+    return ", ".join(f"{one.run} ({one.kind.name})" for one in list(load.open.values())[:8])
+
+
+def _judge(report: Report, load: Load, work: Path) -> None:
+    bodies = record.parse((work / "record").read_text().splitlines())
+    harms = record.read_harms(work / "harms.jsonl")
+    expected = load.expected()
+    seen = checks.gather(load.engine, expected, bodies, harms)
+    report.faults |= {name: faults for name, faults in checks.check_all(load.engine, seen).items() if faults}
+    report.runs = dict(Counter(one.kind.name for one in expected))
+    report.bodies = sum(len(executions) for slots in bodies.values() for executions in slots.values())
+    report.repeated = dict(checks.repeats(seen))
+    recoveries = recovery.measure(bodies, harms)
+    report.recovery = summarise(recoveries)
+    report.slowest = slowest(recoveries)
