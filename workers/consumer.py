@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 
 #: Pause before a broker that is away is tried again: the first, what is added each time, the longest.
 _PAUSES_S = (0.2, 0.3, 2.0)
+#: How often to look for children that have died. Celery waits 5 s, or for a pipe that a sibling may hold open.
+_REPLACE_S = 0.5
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
@@ -30,6 +32,10 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)
         logging.getLogger("celery.worker.request").addFilter(lambda record: "ack" not in str(record.msg)[:14])
         warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        super().register_with_event_loop(hub)
+        hub.call_repeatedly(_REPLACE_S, self.pool.maintain_pool)
 
     def ensure_connected(self, conn: Any) -> Any:
         """Return the connection when it is there; blocks until then, or until the worker is told to stop."""

@@ -1,8 +1,8 @@
-"""Slots: what each child of a worker is running, in memory that its parent shares.
+"""Slots: what each child of a worker is running, in memory that it shares with its parent.
 
-A file is mapped by the parent before it starts children, and by each child; child number i writes slot i, the parent
-reads all. A sequence number that is odd while a slot is written keeps the parent from reading half of it. When a child
-has died its slot still says what it ran.
+The parent maps the memory before it forks its children; child number i writes slot i, the parent reads all. A sequence
+number that is odd while a slot is written keeps the parent from reading half of it. When a child has died its slot
+still says what it ran.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 _HEADER = 64
 _SLOT = 1024
@@ -24,7 +22,10 @@ _SEQUENCE = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a child is running. `index` is -1 for a link; times are of `time.monotonic`."""
+    """What a child is running. `index` is -1 for a link; times are of `time.monotonic`.
+
+    An empty unit: the child asks the ledger for what to run in this run, and may have been given something already.
+    """
 
     sequence: int
     pid: int
@@ -38,26 +39,15 @@ class Work:
 
 
 class Slots:
-    """The mapped file. The parent makes it (`create`) and unlinks it (`close`); children open it (`open`)."""
+    """The memory for `count` children; anonymous, so that nothing is left of it when the processes are gone."""
 
-    def __init__(self, path: Path, count: int) -> None:
-        self.path = path
+    def __init__(self, count: int) -> None:
         self.count = count
-        with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), _HEADER + _SLOT * count)
-
-    @classmethod
-    def create(cls, count: int) -> Slots:
-        """Make the file for `count` children."""
-        descriptor, name = tempfile.mkstemp(prefix="orchestrator-slots-")
-        os.ftruncate(descriptor, _HEADER + _SLOT * count)
-        os.close(descriptor)
-        return cls(Path(name), count)
+        self._memory = mmap.mmap(-1, _HEADER + _SLOT * count)  # shared with what is forked from here
 
     def close(self) -> None:
-        """Unmap and remove the file; the parent's last act."""
+        """Unmap it; the parent's last act."""
         self._memory.close()
-        self.path.unlink(missing_ok=True)
 
     @property
     def is_draining(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import traceback
 from collections import OrderedDict
@@ -95,10 +96,22 @@ class _Secrets(Mapping[str, str]):
         return len(self._references)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """By what a worker is known in the ledger: its name, and the hash of the code that it has loaded."""
+
+    worker: str
+    code: str
+
+    def record(self, pid: int) -> str:
+        """Return the opening of the records of attempts that the child `pid` makes (ledger.How)."""
+        return json.dumps({"worker": f"{self.worker}/{pid}", "code": self.code})[:-1]
+
+
 class StepRunner:
     """Runs what messages bring, in one process (or thread) of a worker."""
 
-    def __init__(self, engine: Engine, *, pool: str, worker: str, code: str, slots: Slots | None, slot: int) -> None:
+    def __init__(self, engine: Engine, identity: Identity, *, pool: str, slots: Slots | None, slot: int) -> None:
         self._engine = engine
         self._ledger = engine.ledger
         self._payloads = engine.payloads
@@ -106,7 +119,7 @@ class StepRunner:
         self._pool = pool
         self._slots = slots
         self._slot = slot
-        self._record = json.dumps({"worker": worker, "code": code})[:-1]
+        self._record = identity.record(os.getpid())
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
@@ -126,26 +139,24 @@ class StepRunner:
         what it had taken is found by its lease, and what it had made ready in the outbox. Raises UnavailableError if
         the ledger is away for so long that nothing could be taken, or that the worker, told to stop, must do so.
         """
-        answer = self._ledger.begin(run, units, self._how(run, ""))
         links = 0
         unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
         try:
+            # Where to look for what we have taken, should we die before we could note that.
+            self._note(run)
+            answer = self._ledger.begin(run, units, self._how(run, ""))
             while answer.taken is not None:
                 taken = answer.taken
                 if taken.unit != unit:
                     unit, names, inputs, unit_since = taken.unit, {}, taken.inputs, time.monotonic()
                     links += 1
                 # Before all else, which may take long: from here on the parent renews the lease.
-                if self._slots is not None:
-                    self._slots.write(
-                        self._slot, fence=taken.fence, attempt=taken.attempt, index=taken.index, run=run, unit=unit,
-                        unit_since=unit_since,
-                    )  # fmt: skip
+                self._note(run, taken, unit_since)
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
                 answer = self._run(info, taken, names, inputs, links)
         finally:
-            if self._slots is not None and links:
+            if self._slots is not None:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
         if answer.verdict == "refused":
@@ -154,6 +165,16 @@ class StepRunner:
             )
         elif answer.verdict not in ("ok", "go", "done", "held"):
             log.info("message_dropped", run=run, unit=units[0], verdict=answer.verdict)
+
+    def _note(self, run: str, taken: Taken | None = None, unit_since: float = 0.0) -> None:
+        """Tell the parent what this process runs, or that it is about to take something in a run."""
+        if self._slots is not None:
+            fence, attempt, index, unit = (0, 0, -1, "")
+            if taken is not None:
+                fence, attempt, index, unit = taken.fence, taken.attempt, taken.index, taken.unit
+            self._slots.write(
+                self._slot, fence=fence, attempt=attempt, index=index, run=run, unit=unit, unit_since=unit_since
+            )
 
     def _publish(self, run: str, units: Sequence[str]) -> None:
         """Publish what has become ready; with the broker away it stays in the outbox, for the rescuer."""

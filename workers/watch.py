@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import structlog
 
@@ -20,6 +21,7 @@ from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage
 from workers.slots import Slots, Work
+from workers.step import Identity
 
 log = structlog.get_logger(__name__)
 
@@ -31,9 +33,10 @@ SHARE_AFTER_S = 0.5
 class Watch:
     """The loop. A worker whose parent is no longer the `up` with `up_pid` is told to stop."""
 
-    def __init__(self, engine: Engine, slots: Slots, *, up_pid: int | None = None) -> None:
+    def __init__(self, engine: Engine, slots: Slots, identity: Identity, *, up_pid: int | None = None) -> None:
         self._engine = engine
         self._slots = slots
+        self._identity = identity
         self._up_pid = up_pid
         self._service = Service("watch", self._loop)
         self._renew_at = 0.0
@@ -74,6 +77,8 @@ class Watch:
             if not _is_alive(work.pid):
                 self._give_up(slot, work)
                 continue
+            if not work.unit:
+                continue  # it asks the ledger for what to run
             running[slot] = work
             is_shared = self._shared.get(slot) == (work.run, work.fence)
             if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and not is_shared:
@@ -82,7 +87,7 @@ class Watch:
             self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
 
     def _give_up(self, slot: int, work: Work) -> None:
-        give_up(self._engine, work)
+        give_up(self._engine, work, self._identity)
         again = self._slots.read(slot)
         if again is not None and again.sequence == work.sequence:
             self._slots.clear(slot)
@@ -121,11 +126,12 @@ class Watch:
         return bool(self._gone)
 
 
-def give_up(engine: Engine, work: Work) -> None:
+def give_up(engine: Engine, work: Work, identity: Identity) -> None:
     """Have what a dead child ran started again; idempotent. Its parent does this, and the child that replaces it."""
-    if engine.ledger.abandon(work.run, work.unit, work.fence):
-        log.warning("child_lost", pid=work.pid, run=work.run, unit=work.unit, index=work.index)
-        _publish(engine, work.run, [work.unit])
+    units = engine.ledger.abandon(work.run, identity.record(work.pid))
+    if units:
+        log.warning("child_lost", pid=work.pid, run=work.run, units=units, index=work.index)
+        _publish(engine, work.run, units)
 
 
 def _publish(engine: Engine, run: str, units: list[str]) -> None:
@@ -136,10 +142,11 @@ def _publish(engine: Engine, run: str, units: list[str]) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended and that its parent has not asked about yet does not."""
     try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except OSError:  # not Linux
         return True
-    return True

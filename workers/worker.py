@@ -19,7 +19,7 @@ from orchestrator.project import load_project
 from orchestrator.settings import Settings
 from workers import capture
 from workers.slots import Slots
-from workers.step import StepRunner, StepTask
+from workers.step import Identity, StepRunner, StepTask
 from workers.watch import Watch, give_up
 
 log = structlog.get_logger(__name__)
@@ -38,23 +38,24 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
     # Celery warns of root because of pickle; nothing here is ever unpickled.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     size = concurrency or settings.concurrency(pool)
-    slots = Slots.create(size)
+    slots = Slots(size)
     try:
         app = make_app(settings, pool=pool)
-        worker_name = f"{pool}@{socket.gethostname()}:{os.getpid()}"
+        identity = Identity(f"{pool}@{socket.gethostname()}:{os.getpid()}", project.code_hash)
         task = StepTask()
         app.register_task(task)
-        _prepare_children(app, settings, task, pool=pool, worker=worker_name, code=project.code_hash, slots=slots)
+        _prepare_children(app, settings, task, identity, pool=pool, slots=slots)
         watch = Watch(
             # A connection that has died unseen is not to cost the leases.
             Engine(settings, app=app, patience_s=2.0, timeout_s=2.0),
             slots,
+            identity,
             up_pid=up_pid,
         )
         app.steps["worker"].add(_watch_step(watch, slots))
         app.conf.worker_consumer = "workers.consumer:Consumer"
         worker = app.Worker(
-            hostname=worker_name,
+            hostname=identity.worker,
             pool="prefork",
             concurrency=size,
             queues=[queue_name(pool, priority) for priority in PRIORITIES],
@@ -91,19 +92,19 @@ def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
 
 
 def _prepare_children(
-    app: Celery, settings: Settings, task: StepTask, *, pool: str, worker: str, code: str, slots: Slots
+    app: Celery, settings: Settings, task: StepTask, identity: Identity, *, pool: str, slots: Slots
 ) -> None:
     def begin(**_: Any) -> None:
         capture.install()
-        engine, mine, slot = Engine(settings, app=app), Slots(slots.path, slots.count), int(current_process().index)
-        before = mine.read(slot)
+        engine, slot = Engine(settings, app=app), int(current_process().index)
+        before = slots.read(slot)
         if before is not None:  # the child whose place this one takes has died in a step
             try:
-                give_up(engine, before)
+                give_up(engine, before, identity)
             except UnavailableError as exc:
                 log.warning("left_to_rescuer", run=before.run, unit=before.unit, error=str(exc))
-            mine.clear(slot)
-        task.runner = StepRunner(engine, pool=pool, worker=f"{worker}/{os.getpid()}", code=code, slots=mine, slot=slot)
+            slots.clear(slot)
+        task.runner = StepRunner(engine, identity, pool=pool, slots=slots, slot=slot)
 
     signals.worker_process_init.connect(begin, weak=False)
     # Celery's own set-up would write to the root logger; ours is made by the command line.

@@ -510,12 +510,20 @@ function verbs.renew()
   return gone
 end
 
--- abandon: unit, fence. The process that ran it has died. Answers 1 if it is to be published again.
+-- abandon: the opening of the records of a process that has died. Answers the units that it had taken, which are to be
+-- published again.
 function verbs.abandon()
-  local unit = ARGV[2]
-  if held(unit) ~= tonumber(ARGV[3]) or not call('ZSCORE', LEASES, unit) then return 0 end
-  lose(unit)
-  return 1
+  local lost = {}
+  for _, unit in ipairs(call('ZRANGE', LEASES, 0, -1)) do
+    local step, lo = split(unit)
+    local _, k = held(unit)
+    local record = last_record(lo and (step .. '/' .. int(k)) or step)
+    if string.sub(record, 1, #ARGV[2]) == ARGV[2] then
+      lose(unit)
+      lost[#lost + 1] = unit
+    end
+  end
+  return lost
 end
 
 -- give_back: unit, fence, items per part. The items after the one in work go back, as new parts.

@@ -359,9 +359,12 @@ class Ledger:
         """
         return list(self._call(run, "renew", lease_ms, *(part for pair in held for part in pair)))
 
-    def abandon(self, run: str, unit: str, fence: int) -> bool:
-        """Give up a unit whose process has died; True if it is in the outbox now and to be published."""
-        return bool(self._call(run, "abandon", unit, fence))
+    def abandon(self, run: str, record: str) -> list[str]:
+        """Give up what a process that has died had taken in a run; answers the units, now in the outbox, to publish.
+
+        `record` is that of its How, and has to be of that process alone.
+        """
+        return list(self._call(run, "abandon", record))
 
     def give_back(self, run: str, unit: str, fence: int, size: int) -> list[str]:
         """Give back the items of a part that were not begun, as parts of `size`; answers the new units."""

@@ -186,7 +186,7 @@ def test_a_dispatcher_and_a_worker_may_go_while_others_carry_on(place: Place, fa
     client = place.engine.ledger.client
     wait_until(lambda: client.hlen("orchestrator.unacked") == 0, "nothing is claimed any more")
     assert [key for key in client.scan_iter("orchestrator.*", _type="list") if not key.endswith(".bell")] == []
-    assert client.zcard(keys.ACTIVE) == 0
+    wait_until(lambda: client.zcard(keys.ACTIVE) == 0, "no run is looked after any more")
 
 
 def test_the_lead_goes_over_when_the_leader_is_killed_and_its_worker_with_it(place: Place) -> None:

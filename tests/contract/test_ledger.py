@@ -288,11 +288,17 @@ def test_what_was_not_published_stays_in_the_outbox_until_it_is_cleared(ledger: 
 
 
 def test_a_child_that_died_is_given_up_at_once(ledger: Ledger) -> None:
-    start(ledger, "r", step("a"))
-    taken = take(ledger, "r", "a")
-    assert ledger.abandon("r", "a", taken.fence)
-    assert not ledger.abandon("r", "a", taken.fence)
+    start(ledger, "r", step("a"), step("b"), step("f", foreach=[1, 2]))
+    dead, alive = How('{"worker": "w/1", "code": ""'), How('{"worker": "w/11", "code": ""')
+    take(ledger, "r", "a", how=dead)
+    take(ledger, "r", "b", how=alive)
+    fan_out = take(ledger, "r", "f", how=dead)
+    answer = ledger.expand("r", fan_out, 2, size=2, max_parallel=0, per=2, chunks=["[1,2]"], how=dead, inline="default")
+    assert answer.taken is not None  # it has gone on with the part, and nobody else knows
+    assert sorted(ledger.abandon("r", dead.record)) == ["a", "f/0-2"]
+    assert ledger.abandon("r", dead.record) == []
     assert take(ledger, "r", "a").losses == 1
+    assert ledger.begin("r", ["b"], HOW).verdict == "held"
 
 
 def expand(

@@ -28,7 +28,7 @@ from orchestrator.workflows import Step, Workflow
 from tests.conftest import Server, WorkerProcess, wait_until
 from tests.integration.conftest import TASKS, Place
 from workers.slots import Slots
-from workers.step import StepRunner
+from workers.step import Identity, StepRunner
 from workers.watch import Watch
 
 HOW = How('{"worker":"w"')
@@ -178,14 +178,14 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
     answer = engine.ledger.expand("r", first, 3, size=3, max_parallel=0, per=3, chunks=["[0,1,2]"], how=HOW, inline="")
     taken = engine.ledger.begin("r", answer.publish, HOW).taken
     assert taken is not None
-    slots = Slots.create(1)
+    slots = Slots(1)
     monkeypatch.setattr("workers.slots.os.getpid", lambda: child.pid)
 
     def note(fence: int, index: int) -> None:
         now = time.monotonic()
         slots.write(0, fence=fence, attempt=1, index=index, run="r", unit=taken.unit, unit_since=now)
 
-    watch = Watch(engine, slots)
+    watch = Watch(engine, slots, Identity("w", ""))
     note(taken.fence, 0)
     following = engine.ledger.complete("r", taken, "succeeded", payload="1", how=HOW, inline="default").taken
     assert following is not None
@@ -197,7 +197,7 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
     watch.round(now + 20)
     assert child.poll() is None
     # Somebody really takes over: now it is ended.
-    assert engine.ledger.abandon("r", taken.unit, following.fence)
+    assert engine.ledger.abandon("r", HOW.record) == [taken.unit]
     assert engine.ledger.begin("r", [taken.unit], HOW).taken is not None
     watch.round(now + 30)
     watch.round(now + 40)
@@ -213,8 +213,8 @@ def test_what_was_taken_is_watched_while_the_rest_is_published(
     plan = Plan.of(Workflow(name="w", steps=(step("a"), step("b", "echo", "a"), step("c", "echo", "a"))))
     engine.ledger.put_plan(plan)
     assert engine.start("r", plan, event={}, params={})
-    slots = Slots.create(1)
-    runner = StepRunner(engine, pool="default", worker="w", code="", slots=slots, slot=0)
+    slots = Slots(1)
+    runner = StepRunner(engine, Identity("w", ""), pool="default", slots=slots, slot=0)
     seen = []
 
     def publish(run: str, plan: Plan, units: Sequence[str]) -> None:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import os
 import threading
+
+from billiard import get_context
 
 from workers.slots import Slots
 
+fork_context = get_context("fork")  # as Celery starts its children
+
 
 def test_what_a_child_writes_the_parent_reads() -> None:
-    parent = Slots.create(2)
-    child = Slots(parent.path, 2)
-    assert parent.read(1) is None
-    child.write(1, fence=7, attempt=2, index=-1, run="r", unit="ünit", unit_since=1.5)
-    work = parent.read(1)
+    slots = Slots(2)
+    assert slots.read(1) is None
+    assert not slots.is_draining
+    slots.drain()
+    child = fork_context.Process(target=_write_and_die, args=(slots,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    work = slots.read(1)
     assert work is not None
-    assert (work.pid, work.fence, work.attempt, work.index, work.run, work.unit) == (os.getpid(), 7, 2, -1, "r", "ünit")
-    child.clear(1)
-    assert parent.read(1) is None
-    assert not child.is_draining
-    parent.drain()
-    assert child.is_draining
-    parent.close()
-    assert not parent.path.exists()
+    assert (work.pid, work.fence, work.attempt, work.index, work.run, work.unit) == (child.pid, 7, 2, -1, "r", "ünit")
+    slots.clear(1)
+    assert slots.read(1) is None
+    slots.close()
+
+
+def _write_and_die(slots: Slots) -> None:
+    assert slots.is_draining
+    slots.write(1, fence=7, attempt=2, index=-1, run="r", unit="ünit", unit_since=1.5)
 
 
 def test_a_reader_never_sees_half_of_a_write() -> None:
-    slots = Slots.create(1)
+    slots = Slots(1)
     stop = threading.Event()
 
     def write() -> None:
