@@ -18,6 +18,7 @@ from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S,
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
 from orchestrator.settings import mask_url
+from orchestrator.telemetry import Outage
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +56,7 @@ class EventBus:
 
         The body is None where it is not JSON. A broker that is away is waited for, with one log line per change.
         """
-        wait_s, is_away = _WAIT_S[0], False
+        wait_s, outage = _WAIT_S[0], Outage(log, "bus")
 
         def receive(message: Any) -> None:
             try:
@@ -74,18 +75,15 @@ class EventBus:
                         connection.channel(), [_QUEUE], on_message=receive, prefetch_count=_PREFETCH, accept=["json"]
                     )
                     with consumer:
-                        if is_away:
-                            log.info("bus_is_back", broker=self._where())
-                        wait_s, is_away = _WAIT_S[0], False
                         while not stop.is_set():
                             try:
                                 connection.drain_events(timeout=0.5)
                             except TimeoutError:
                                 connection.heartbeat_check()
+                            outage.ends()
+                            wait_s = _WAIT_S[0]
             except Exception as exc:  # noqa: BLE001 -- this loop owns the thread: it outlives any fault of the broker
-                if not is_away:
-                    log.warning("bus_is_away", broker=self._where(), error=f"{type(exc).__name__}: {exc}")
-                is_away = True
+                outage.begins(f"{type(exc).__name__}: {exc}", broker=self._where())
                 stop.wait(wait_s)
                 wait_s = min(wait_s * 2, _WAIT_S[1])
 

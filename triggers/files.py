@@ -41,6 +41,7 @@ import structlog
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import FILE_CREATED, Event
+from orchestrator.telemetry import Outage
 from triggers.folder import Folder, Names, is_gone
 from triggers.observation import Observation
 from triggers.settling import QUIET_S, Settling, Sight, Verdict, Version
@@ -152,6 +153,7 @@ class _Loop(threading.Thread):
         self._rescan_s = rescan_s
         self._poll_s = QUIET_S if watch.settle_s is None else min(max(watch.settle_s, 0.05), QUIET_S)
         self._log = log.bind(source=watch.source, folder=str(watch.path))
+        self._outage = Outage(self._log, "file_trigger")
         self._names = Names(watch.glob, recursive=watch.recursive, marker=watch.marker)
         self._folder = Folder(str(watch.path), self._names, self._log, recursive=watch.recursive, polling=watch.polling)
         self._settling = Settling(watch.settle_s)
@@ -165,7 +167,7 @@ class _Loop(threading.Thread):
         self._unproven: set[str] = set()  # marks that were not seen from this folder yet; see "Whose marks" above
         self._folder_id: tuple[int, int] | None = None  # device and inode; None while it is away
         self._observation: Observation | None = None
-        self._degraded = self._stalled = self._losing = False  # what was logged last
+        self._degraded = self._losing = False  # what was logged last
         self._folder_at = self._scan_at = 0.0  # when to look at the folder, when to scan it
         self._scan: Iterator[None] | None = None
 
@@ -320,15 +322,11 @@ class _Loop(threading.Thread):
             try:
                 result = action()
             except (OrchestratorError, OSError) as error:
-                if not self._stalled:
-                    self._stalled = True
-                    self._log.warning("file_trigger_stalled", error=str(error))
+                self._outage.begins(error)
                 self._pause(delay_s)
                 delay_s = min(2 * delay_s, longest_s)
             else:
-                if self._stalled:
-                    self._stalled = False
-                    self._log.info("file_trigger_recovered")
+                self._outage.ends()
                 return result
 
     def _pause(self, seconds: float) -> None:

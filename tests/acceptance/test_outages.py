@@ -155,8 +155,8 @@ def test_a_server_that_is_away_for_a_minute_is_waited_for(place: Place) -> None:
     assert place.names().count("slow") == 1  # it went on meanwhile, and its outcome was kept
     for role in roles:
         events = role.events()
-        waits = [event for event in events if event.endswith(("_waits", "_stalled", "_is_away"))]
-        backs = [event for event in events if event.endswith(("_goes_on", "_recovered", "_is_back"))]
+        waits = [event for event in events if event.endswith("_waits")]
+        backs = [event for event in events if event.endswith("_goes_on")]
         assert waits, role.line
         assert all(waits.count(event) <= 2 for event in waits), (role.line, events)
         assert len(backs) >= 1, (role.line, events)

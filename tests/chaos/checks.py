@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
+from orchestrator.brokers.claims import UNACKED, UNACKED_INDEX
 from orchestrator.engine import Engine
 from orchestrator.ledger import keys
 from orchestrator.workflows import END
@@ -21,9 +22,7 @@ from tests.chaos.record import Execution, Harm
 from tests.chaos.workload import Expected
 
 #: Broker keys that stay: which queue an exchange feeds, and doorbells.
-BROKER_KEYS = ("_kombu.binding*", "*.bell", "unacked_mutex")
-#: Where the broker keeps what was taken and not acknowledged: kombu's names and ours.
-UNACKED = ("unacked", "unacked_index", "orchestrator.unacked", "orchestrator.unacked_index")
+BROKER_KEYS = ("_kombu.binding*", "*.bell")
 _BATCH = 50
 #: A process that was stopped, and took something before, begins it this soon after it goes on.
 _AWAKE_S = 2.0
@@ -190,7 +189,7 @@ def _left_over(client: Any) -> list[str]:
         if not key.endswith(".bell"):
             wrong.append(f"queue {key} has {client.llen(key)} messages: {client.lindex(key, 0)[:300]}")
     sizes: dict[str, Callable[[str], int]] = {"hash": client.hlen, "zset": client.zcard}
-    for key in UNACKED:
+    for key in (UNACKED, UNACKED_INDEX):
         kind = client.type(key)
         if kind != "none":
             wrong.append(f"{key} has {sizes[kind](key)} entries")
@@ -223,7 +222,7 @@ def state_of(engine: Engine, runs: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"now": client.time(), "queues": {}, "unacked": {}, "runs": {}}
     for key in client.scan_iter("orchestrator.*", _type="list"):
         found["queues"][key] = client.lrange(key, 0, 50)
-    for key in UNACKED:
+    for key in (UNACKED, UNACKED_INDEX):
         if client.type(key) == "hash":
             found["unacked"][key] = client.hgetall(key)
     for run in runs:

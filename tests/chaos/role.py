@@ -29,26 +29,23 @@ from tests.chaos.record import Harm, Journal
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A place in the code: before or after the first of these methods that exists, if the call is one that counts."""
+    """A place in the code: before or after this method, if the call is one that counts."""
 
-    where: tuple[str, ...]
+    where: str
     when: str
     counts: Callable[[tuple[Any, ...], Any], bool] = lambda _arguments, _result: True
 
 
 _LEDGER = "orchestrator.ledger.ledger:Ledger."
-_QOS = ("orchestrator.brokers.redis:Channel.QoS.", "kombu.transport.redis:Channel.QoS.")
 
 
 def _ledger(verb: str, when: str, counts: Callable[[tuple[Any, ...], Any], bool] = lambda _a, _r: True) -> Point:
-    return Point((_LEDGER + verb,), when, counts)
+    return Point(_LEDGER + verb, when, counts)
 
 
 POINTS = {
-    "fetch.after": Point(
-        ("orchestrator.brokers.redis:Channel._fetch", _QOS[1] + "append"), "after", lambda _, r: r is None or bool(r)
-    ),
-    "ack.before": Point(tuple(qos + "ack" for qos in _QOS), "before"),
+    "fetch.after": Point("orchestrator.brokers.redis:Channel._fetch", "after", lambda _, deliveries: bool(deliveries)),
+    "ack.before": Point("orchestrator.brokers.redis:QoS.ack", "before"),
     "begin.before": _ledger("begin", "before"),
     "begin.after": _ledger("begin", "after", lambda _, answer: answer.taken is not None),
     "begin_lost.after": _ledger("begin", "after", lambda _, answer: answer.taken is not None and answer.taken.losses),
@@ -56,11 +53,11 @@ POINTS = {
     "complete.after": _ledger("complete", "after"),
     "expand.before": _ledger("expand", "before"),
     "expand.after": _ledger("expand", "after"),
-    "publish.before": Point(("orchestrator.engine:Engine.publish",), "before", lambda given, _: bool(given[3])),
+    "publish.before": Point("orchestrator.engine:Engine.publish", "before", lambda given, _: bool(given[3])),
     "publish_part.before": Point(
-        ("orchestrator.engine:Engine.publish",), "before", lambda given, _: any("/" in unit for unit in given[3])
+        "orchestrator.engine:Engine.publish", "before", lambda given, _: any("/" in unit for unit in given[3])
     ),
-    "bulk": Point(("kombu.transport.redis:PublishBatch.publish",), "after"),
+    "bulk": Point("kombu.transport.redis:PublishBatch.publish", "after"),
     "clear.before": _ledger("clear", "before"),
     "sweep.after": _ledger("sweep", "after", lambda _, answer: bool(answer[1])),
     "abandon.before": _ledger("abandon", "before"),
@@ -70,7 +67,7 @@ POINTS = {
     "start.after": _ledger("start", "after", lambda _, started: started),
     "finish.after": _ledger("finish", "after", lambda _, answer: bool(answer[1])),
     "resolve.after": _ledger("resolve", "after", lambda _, answer: bool(answer.publish)),
-    "emit.before": Point(("orchestrator.bus:EventBus.publish",), "before"),
+    "emit.before": Point("orchestrator.bus:EventBus.publish", "before"),
     "mark.before": _ledger("write", "before"),
     "seen.before": _ledger("mark_seen", "before"),
 }
@@ -142,17 +139,10 @@ class _Arms:
 
 
 def _wrap(name: str, point: Point, arms: _Arms) -> None:
-    for where in point.where:
-        module, _, path = where.partition(":")
-        *owners, method = path.split(".")
-        try:
-            owner: Any = functools.reduce(getattr, owners, importlib.import_module(module))
-            original = getattr(owner, method)
-        except (ImportError, AttributeError):
-            continue
-        break
-    else:
-        raise LookupError(f"{name}: none of {point.where} is there")
+    module, _, path = point.where.partition(":")
+    *owners, method = path.split(".")
+    owner: Any = functools.reduce(getattr, owners, importlib.import_module(module))
+    original = getattr(owner, method)
 
     @functools.wraps(original)
     def wrapped(*given: Any, **options: Any) -> Any:

@@ -100,7 +100,7 @@ def test_queues_and_keys_that_are_left_over(engine: Engine) -> None:
     assert checks.check_keys(engine) == []
     for spoil, undo in (
         (lambda: client.lpush("orchestrator.default.normal", "{}"), "orchestrator.default.normal"),
-        (lambda: client.hset("unacked", "tag", "{}"), "unacked"),
+        (lambda: client.hset("orchestrator.unacked", "tag", "{}"), "orchestrator.unacked"),
         (lambda: client.zadd("orchestrator.unacked_index", {"tag": 1}), "orchestrator.unacked_index"),
         (lambda: client.zadd("orchestrator:active", {"r": 1}), "orchestrator:active"),
         (lambda: client.lpush("orchestrator:set-aside", "{}"), "orchestrator:set-aside"),

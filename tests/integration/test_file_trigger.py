@@ -658,13 +658,13 @@ def test_outage_loses_nothing_and_marks_nothing(inbox: Inbox, what: str) -> None
         if what == "bus":
             wait_until(lambda: inbox.refused >= 3, "the trigger tries again")
         else:
-            wait_until(lambda: _logged(logs, "file_trigger_stalled"), "the trigger notices")
+            wait_until(lambda: _logged(logs, "file_trigger_waits"), "the trigger notices")
         assert inbox.marks.marks == {}
         inbox.bus_down = inbox.marks.down = False
         inbox.expect(*names)
     assert sorted(inbox.marks.writes) == sorted(str(inbox.path / name) for name in names)
-    assert len(_logged(logs, "file_trigger_stalled")) == 1
-    assert len(_logged(logs, "file_trigger_recovered")) == 1
+    assert len(_logged(logs, "file_trigger_waits")) == 1
+    assert len(_logged(logs, "file_trigger_goes_on")) == 1
 
 
 def test_stop_during_an_outage_returns_and_leaves_no_marks(inbox: Inbox) -> None:
