@@ -109,20 +109,16 @@ class Watch:
         moment ago is not its own either, until it has noted what it took next.
         """
         gone_before, self._gone = self._gone, set()
-        by_run: dict[str, list[tuple[int, Work]]] = {}
+        gone = self._engine.ledger.renew((work.run, work.unit, work.fence) for work in running.values())
         for slot, work in running.items():
-            by_run.setdefault(work.run, []).append((slot, work))
-        for run, works in by_run.items():
-            gone = self._engine.ledger.renew(run, [(work.unit, work.fence) for _, work in works])
-            for slot, work in works:
-                again = self._slots.read(slot)
-                if work.unit not in gone or again is None or (again.pid, again.fence) != (work.pid, work.fence):
-                    continue
-                if (work.pid, work.fence) not in gone_before:
-                    self._gone.add((work.pid, work.fence))
-                else:
-                    log.error("step_was_taken_over", pid=work.pid, run=run, unit=work.unit)
-                    os.kill(work.pid, signal.SIGKILL)
+            again = self._slots.read(slot)
+            if (work.run, work.unit) not in gone or again is None or (again.pid, again.fence) != (work.pid, work.fence):
+                continue
+            if (work.pid, work.fence) not in gone_before:
+                self._gone.add((work.pid, work.fence))
+            else:
+                log.error("step_was_taken_over", pid=work.pid, run=work.run, unit=work.unit)
+                os.kill(work.pid, signal.SIGKILL)
         return bool(self._gone)
 
 

@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any
 
 import redis
+import structlog
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
@@ -26,6 +27,8 @@ from orchestrator.errors import NotFoundError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
+
+log = structlog.get_logger(__name__)
 
 #: How long a lease holds without being renewed, and how often whoever runs a unit renews it.
 LEASE_MS = 10_000
@@ -131,18 +134,44 @@ class Ledger:
     def _call(self, run: str, *argv: str | int) -> Any:
         text, sha = _script()
         run_keys = keys.run_keys(run)
-        try:
+
+        def call() -> Any:
+            return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
+
+        def call_or_load() -> Any:
             try:
-                return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
+                return call()
             except redis.exceptions.NoScriptError:
                 self.client.script_load(text)
-                return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
-        except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError) as exc:
-            raise unavailable(self.client, exc) from exc
-        except redis.ResponseError as exc:
-            if str(exc).startswith(("OOM", "MISCONF", "READONLY", "LOADING")):
-                raise unavailable(self.client, exc) from exc
-            raise
+                return call()
+
+        return self._guard(call_or_load)
+
+    def _call_many(self, calls: Sequence[tuple[str, tuple[str | int, ...]]]) -> list[Any]:
+        """Call verbs on many runs in one round trip; only those that a repeat does not harm.
+
+        The answer is None where a run is so broken that the verb fails on it: it is logged, and harms no other.
+        """
+        text, sha = _script()
+
+        def execute() -> list[Any]:
+            with self.client.pipeline(transaction=False) as pipe:
+                for run, argv in calls:
+                    run_keys = keys.run_keys(run)
+                    pipe.evalsha(sha, len(run_keys), *run_keys, *argv)
+                return list(pipe.execute(raise_on_error=False))
+
+        answers = self._guard(execute)
+        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            self._guard(lambda: self.client.script_load(text))
+            answers = self._guard(execute)
+        for n, answer in enumerate(answers):
+            if isinstance(answer, redis.RedisError):
+                if _is_away(answer):
+                    raise unavailable(self.client, answer) from answer
+                log.error("verb_failed", run=calls[n][0], verb=calls[n][1][0], error=str(answer))
+                answers[n] = None
+        return list(answers)
 
     # Plans and definitions
 
@@ -352,12 +381,18 @@ class Ledger:
         """Take units that were published out of the outbox; answers how many rows are left."""
         return int(self._call(run, "clear", *units))
 
-    def renew(self, run: str, held: Iterable[tuple[str, int]], lease_ms: int = LEASE_MS) -> list[str]:
-        """Renew the leases of units (unit, fence); answers those that somebody else has taken over.
+    def renew(self, held: Iterable[tuple[str, str, int]], lease_ms: int = LEASE_MS) -> set[tuple[str, str]]:
+        """Renew leases, given as (run, unit, fence), in one round trip; answers (run, unit) of those taken over.
 
         A lease that the sweep has given up is the caller's again if nobody has taken over yet.
         """
-        return list(self._call(run, "renew", lease_ms, *(part for pair in held for part in pair)))
+        by_run: dict[str, list[str | int]] = {}
+        for run, unit, fence in held:
+            by_run.setdefault(run, []).extend((unit, fence))
+        if not by_run:
+            return set()
+        answers = self._call_many([(run, ("renew", lease_ms, *pairs)) for run, pairs in by_run.items()])
+        return {(run, unit) for run, gone in zip(by_run, answers, strict=True) for unit in gone or ()}
 
     def abandon(self, run: str, record: str) -> list[str]:
         """Give up what a process that has died had taken in a run; answers the units, now in the outbox, to publish.
@@ -378,14 +413,7 @@ class Ledger:
         """
         if not runs:
             return [], {}
-        text, sha = _script()
-        self._guard(lambda: self.client.script_load(text))
-        with self.client.pipeline(transaction=False) as pipe:
-            for run in runs:
-                run_keys = keys.run_keys(run)
-                pipe.evalsha(sha, len(run_keys), *run_keys, "look", outbox_age_ms)
-            answers = self._guard(pipe.execute)
-        answered = list(zip(runs, answers, strict=True))
+        answered = list(zip(runs, self._call_many([(run, ("look", outbox_age_ms)) for run in runs]), strict=True))
         return [run for run, answer in answered if answer == 1], {run: a for run, a in answered if isinstance(a, str)}
 
     def sweep(
@@ -489,7 +517,17 @@ class Ledger:
         try:
             return command()
         except redis.RedisError as exc:
-            raise unavailable(self.client, exc) from exc
+            if _is_away(exc):
+                raise unavailable(self.client, exc) from exc
+            raise
+
+
+def _is_away(exc: redis.RedisError) -> bool:
+    """Tell whether an error is about the server, which may be better later, and not about the command."""
+    if isinstance(exc, redis.ResponseError):
+        kinds = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError, redis.exceptions.NoPermissionError)
+        return isinstance(exc, kinds) or str(exc).startswith(("MISCONF", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY"))
+    return True
 
 
 def unavailable(client: Any, exc: Exception) -> UnavailableError:

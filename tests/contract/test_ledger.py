@@ -121,7 +121,7 @@ def test_a_takeover_raises_the_fence_and_refuses_who_was_before(ledger: Ledger) 
     assert second.fence > first.fence
     assert ledger.complete("r", first, "failed", how=HOW, inline="").verdict == "refused"
     assert ledger.complete("r", second, "succeeded", how=HOW, inline="").verdict == "ok"
-    assert ledger.renew("r", [("a", first.fence)]) == ["a"]
+    assert ledger.renew([("r", "a", first.fence)]) == {("r", "a")}
 
 
 def test_who_slept_past_the_lease_may_commit_if_nobody_took_over(ledger: Ledger) -> None:
@@ -136,11 +136,11 @@ def test_a_lease_that_was_given_up_is_the_holders_again_if_nobody_took_over(ledg
     taken = take(ledger, "r", "a", how=BRIEF)
     time.sleep(0.005)
     assert ledger.sweep("r")[1] == ["a"]
-    assert ledger.renew("r", [("a", taken.fence)]) == []
+    assert ledger.renew([("r", "a", taken.fence)]) == set()
     assert ledger.begin("r", ["a"], HOW).verdict == "held"  # the message that the sweep had published
     assert ledger.sweep("r", 0)[1] == []
     ledger.complete("r", taken, "succeeded", how=HOW, inline="")
-    assert ledger.renew("r", [("a", taken.fence)]) == []  # too late: it has ended
+    assert ledger.renew([("r", "a", taken.fence)]) == set()  # too late: it has ended
     assert ledger.client.zcard(keys.run_key("r", "leases")) == 0
 
 
@@ -149,10 +149,10 @@ def test_a_part_that_was_given_up_is_the_holders_again_only_for_the_item_in_work
     part = take(ledger, "r", *expand(ledger, "r", "f", 3, size=3).publish, how=BRIEF)
     time.sleep(0.005)
     assert ledger.sweep("r")[1] == [part.unit]
-    assert ledger.renew("r", [(part.unit, part.fence)]) == []
+    assert ledger.renew([("r", part.unit, part.fence)]) == set()
     assert ledger.begin("r", [part.unit], HOW).verdict == "held"
     ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="")  # draining: the rest goes back
-    assert ledger.renew("r", [(part.unit, part.fence)]) == []
+    assert ledger.renew([("r", part.unit, part.fence)]) == set()
     assert take(ledger, "r", part.unit).index == 1
 
 
@@ -271,7 +271,7 @@ def test_who_leads_keeps_the_lead_until_the_lease_runs_out_or_is_given_up(ledger
 def test_a_live_lease_is_not_swept_and_renewing_keeps_it(ledger: Ledger) -> None:
     start(ledger, "r", step("a"))
     taken = take(ledger, "r", "a", how=How('{"worker":"w"', lease_ms=200))
-    assert ledger.renew("r", [("a", taken.fence)], lease_ms=60_000) == []
+    assert ledger.renew([("r", "a", taken.fence)], lease_ms=60_000) == set()
     time.sleep(0.25)
     assert ledger.sweep("r")[1] == []
 
@@ -639,3 +639,17 @@ def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed
 @pytest.mark.parametrize("state", list(StepRunState))
 def test_end_states_are_those_without_moves(state: StepRunState) -> None:
     assert state.is_end == (not STEP_RUN_MOVES[state])
+
+
+def test_a_broken_run_harms_no_other_that_is_looked_at_or_renewed_with_it(ledger: Ledger) -> None:
+    start(ledger, "good", step("a"))
+    start(ledger, "bad", step("a"))
+    taken = take(ledger, "good", "a", how=BRIEF)
+    ledger.client.delete(keys.run_key("bad", "units"))
+    ledger.client.set(keys.run_key("bad", "units"), "no hash")
+    ledger.client.delete(keys.run_key("bad", "outbox"))
+    ledger.client.set(keys.run_key("bad", "outbox"), "no sorted set")
+    time.sleep(0.005)
+    assert ledger.look(["bad", "good"]) == (["good"], {})
+    assert ledger.renew([("bad", "a", 1), ("good", "a", taken.fence)]) == set()
+    assert ledger.client.zcard(keys.run_key("good", "leases")) == 1

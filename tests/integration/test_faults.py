@@ -363,7 +363,7 @@ def test_leases_that_ran_out_while_nobody_looked_are_left_to_the_living_for_a_wh
     rescuer = Rescuer(engine)
     began = time.monotonic()
     assert rescuer.round() == 0  # the lease has run out, but its holder may have been kept from renewing it
-    assert engine.ledger.renew("r", [("a", taken.fence)], lease_ms=1) == []
+    assert engine.ledger.renew([("r", "a", taken.fence)], lease_ms=1) == set()
     wait_until(rescuer.round, "nobody has renewed it", 10)
     assert time.monotonic() - began >= 1.5
     rescuer.stop()
