@@ -27,7 +27,8 @@ acceptance: $(BIN)/.installed ## Run the long tests with many real processes (up
 
 KILLS ?= 1000
 MINUTES ?= 60
-chaos: $(BIN)/.installed ## Kill processes at random under load, then check all (KILLS=1000 SEED=random MINUTES=60)
+chaos: $(BIN)/.installed ## Kill one process at each named point, then KILLS=1000 at random under load (SEED, MINUTES)
+	$(BIN)/python -m tests.chaos points
 	$(BIN)/python -m tests.chaos --kills $(KILLS) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(CHAOS_OPTIONS)
 
 lint: $(BIN)/.installed ## Check style, types, spelling and the direction of imports
