@@ -64,7 +64,11 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             without_mingle=True,
             without_heartbeat=True,
         )
-        worker.start()
+        try:
+            worker.start()
+        finally:
+            # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
+            watch.stop()
         return int(worker.exitcode or 0)
     finally:
         slots.close()
@@ -79,9 +83,6 @@ def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
         def start(self, parent: Any) -> None:
             signals.worker_shutting_down.connect(self._drain, weak=False)
             watch.start()
-
-        def stop(self, parent: Any) -> None:
-            watch.stop()
 
         @staticmethod
         def _drain(**_: Any) -> None:

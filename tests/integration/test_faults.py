@@ -18,7 +18,7 @@ from orchestrator.celery_app import queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
-from orchestrator.ledger.ledger import LEADER_MS, How
+from orchestrator.ledger.ledger import LEADER_MS, RENEW_S, How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.rescuer import Rescuer
@@ -154,6 +154,28 @@ def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_s
         assert len(record.read_text().splitlines()) == 1
     finally:
         assert worker.stop() == 0
+
+
+def test_a_worker_that_stops_keeps_the_leases_of_the_steps_that_it_finishes(
+    engine: Engine, start_worker: Callable[..., WorkerProcess], tmp_path: Path
+) -> None:
+    (engine.settings.project / "tasks.py").write_text(TASKS)
+    gate = tmp_path / "gate"
+    run = _start(engine, step("a", "wait_for", with_={"path": str(gate)}))
+    worker = start_worker()
+
+    def runs_out() -> float:
+        return float(engine.ledger.client.zscore("orchestrator:{r}:leases", "a") or 0)
+
+    wait_until(runs_out, "the step has begun")
+    assert worker.process is not None
+    worker.process.terminate()
+    wait_until(lambda: "Warm shutdown" in worker.log.read_text(), "the worker stops")
+    at_stop = runs_out()
+    wait_until(lambda: runs_out() > at_stop + 2 * RENEW_S * 1000 - 500, "its lease was renewed twice more", 10)
+    gate.touch()
+    assert worker.process.wait(timeout=10) == 0
+    assert Queries(engine.ledger, engine.payloads).run(run).steps[0].state == "succeeded"
 
 
 # The watch -----------------------------------------------------------------------------------------------------------
