@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from functools import partial
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.project import load_project
 from orchestrator.settings import Settings
 from workers import capture
+from workers.consumer import Consumer
 from workers.slots import Slots
 from workers.step import StepRunner, StepTask
 from workers.watch import Watch, give_up
@@ -45,14 +47,11 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         task = StepTask()
         app.register_task(task)
         _prepare_children(app, settings, task, pool=pool, worker=worker_name, code=project.code_hash, slots=slots)
-        watch = Watch(
-            # A connection that has died unseen is not to cost the leases.
-            Engine(settings, app=app, patience_s=2.0, timeout_s=2.0),
-            slots,
-            up_pid=up_pid,
-        )
+        # A connection that has died unseen is not to cost the leases.
+        engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
+        watch = Watch(engine, slots, up_pid=up_pid)
         app.steps["worker"].add(_watch_step(watch, slots))
-        app.conf.worker_consumer = "workers.consumer:Consumer"
+        app.conf.worker_consumer = partial(Consumer, engine.ledger)
         worker = app.Worker(
             hostname=worker_name,
             pool="prefork",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from orchestrator.celery_app import queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
+from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import LEADER_MS, RENEW_S, How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
@@ -176,6 +179,58 @@ def test_a_worker_that_stops_keeps_the_leases_of_the_steps_that_it_finishes(
     gate.touch()
     assert worker.process.wait(timeout=10) == 0
     assert Queries(engine.ledger, engine.payloads).run(run).steps[0].state == "succeeded"
+
+
+# Messages that are no steps' -------------------------------------------------------------------------------------
+
+
+def _spoilt() -> list[dict[str, Any]]:
+    """Return envelopes as Celery makes them, each with one thing wrong."""
+
+    def encoded(value: Any) -> str:
+        return base64.b64encode(json.dumps(value).encode()).decode()
+
+    def envelope(*, headers: Any = None, properties: Any = None, **changes: Any) -> dict[str, Any]:
+        good = {"task": "orchestrator.step", "id": "i", "eta": None, "expires": None, "timelimit": [None, None]}
+        delivery = {"exchange": "", "routing_key": "orchestrator.default.normal"}
+        return {
+            "body": encoded([["r", "a"], {}, {}]), "content-encoding": "utf-8", "content-type": "application/json",
+            "headers": good | (headers or {}),
+            "properties": {"body_encoding": "base64", "delivery_info": delivery} | (properties or {}),
+        } | changes  # fmt: skip
+
+    headers: list[dict[str, Any]] = [
+        {"task": "another.task"}, {"task": ["a"]}, {"id": None}, {"id": ["a"]}, {"timelimit": 7}, {"timelimit": "ab"},
+        {"timelimit": [5, 3]}, {"stamped_headers": 5}, {"compression": "unheard-of"}, {"eta": "9999-01-01T00:00:00"},
+        {"expires": "2001-01-01T00:00:00"},
+    ]  # fmt: skip
+    bodies = [[1], [1, 2, 3], {"task": "orchestrator.step"}, [["r"], {}, {}], [["r", "a"], {"x": 1}, {}]]
+    return [
+        *(envelope(headers=change) for change in headers),
+        *(envelope(body=encoded(body)) for body in bodies),
+        envelope(properties={"delivery_info": "x"}),
+        envelope(body=None),
+        *(envelope(**{"content-type": kind}) for kind in (None, ["a"], "application/x-python-serialize")),
+        envelope(**{"content-encoding": 7}),
+        envelope() | {"headers": {}},
+    ]
+
+
+def test_a_worker_sets_aside_what_is_no_step_and_lives(
+    engine: Engine, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    (engine.settings.project / "tasks.py").write_text(TASKS)
+    spoilt, client = _spoilt(), engine.ledger.client
+    for envelope in spoilt:
+        client.lpush("orchestrator.default.normal", json.dumps(envelope))
+    worker = start_worker()
+    run = _start(engine, step("a", with_={"value": 1}))
+    assert _end(engine, run, 20).output == 1
+    records = [json.loads(record) for record in client.lrange(keys.SET_ASIDE, 0, -1)]
+    assert len(records) == len(spoilt), worker.log.read_text()
+    assert all(record["reason"] and json.loads(record["raw"])["headers"] is not None for record in records)
+    assert worker.stop() == 0
+    assert "Traceback" not in worker.log.read_text()
 
 
 # The watch -----------------------------------------------------------------------------------------------------------
