@@ -102,6 +102,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
         yield client or self._command_client()
 
+    def close(self) -> None:
+        commands = self._commands
+        super().close()
+        if commands is not None:  # what was in work is given back last, and that has connected again
+            commands.connection_pool.disconnect()
+
     def _disconnect_pools(self) -> None:
         self._commands = None
         super()._disconnect_pools()
