@@ -16,9 +16,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orchestrator.engine import Engine
+from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
 from orchestrator.ledger import Ledger, Taken, keys
-from orchestrator.ledger.ledger import How
+from orchestrator.ledger.ledger import How, connect
 from orchestrator.plan import Plan
 from orchestrator.runs import STEP_RUN_MOVES, StepRunState
 from orchestrator.workflows import END, Step, TriggerRule, Workflow
@@ -633,3 +634,12 @@ def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed
 @pytest.mark.parametrize("state", list(StepRunState))
 def test_end_states_are_those_without_moves(state: StepRunState) -> None:
     assert state.is_end == (not STEP_RUN_MOVES[state])
+
+
+def test_every_verb_says_in_one_way_that_the_server_is_away() -> None:
+    ledger = Ledger(connect("redis://127.0.0.1:1/0"))
+    plan = Plan.of(Workflow(name="w", steps=(Step(id="a", task="tasks:f"),)))
+    for verb in (lambda: ledger.put_plan(plan), lambda: ledger.publish_workflows([plan]), ledger.workflows,
+                 lambda: ledger.trim(1), ledger.active, lambda: ledger.renew("r", [("a", 1)])):  # fmt: skip
+        with pytest.raises(UnavailableError):
+            verb()
