@@ -218,6 +218,20 @@ def test_publishing_again_is_a_move(ledger: Ledger) -> None:
     assert idle(ledger, "r") not in (None, before)
 
 
+def test_who_still_runs_a_step_of_a_run_that_was_given_up_is_refused(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"), step("c"))
+    taken = take(ledger, "r", "a")
+    assert ledger.give_up("r", {"type": "RunLost"}) == (True, "")
+    ledger.log("r", "a", 1, "text")
+    assert ledger.renew("r", [("a", taken.fence)]) == ["a"]
+    assert ledger.complete("r", taken, "succeeded", how=HOW, inline="default").verdict == "refused"
+    assert ledger.begin("r", ["c"], HOW).verdict == "done"
+    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="", tail="").verdict == "done"
+    assert ledger.outcome("r")[0] == "failed"
+    of_the_run = list(ledger.client.scan_iter("orchestrator:{r}:*"))
+    assert [key for key in of_the_run if ledger.client.ttl(key) < 0] == []
+
+
 def test_of_a_fan_out_the_parts_are_known_that_nobody_has_begun(ledger: Ledger) -> None:
     fan(ledger, "r")
     parts = expand(ledger, "r", "f", 7, size=3).publish
