@@ -66,20 +66,17 @@ class Watch:
 
     def round(self, now: float) -> None:
         """Look once at every slot."""
-        running: dict[int, Work] = {}
-        for slot in range(self._slots.count):
-            work = self._slots.read(slot)
-            if work is None:
-                continue
-            if not _is_alive(work.pid):
+        found = {slot: work for slot in range(self._slots.count) if (work := self._slots.read(slot)) is not None}
+        running = {slot: work for slot, work in found.items() if _is_alive(work.pid)}
+        if now >= self._renew_at:  # before all else, which may fail
+            self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
+        for slot, work in found.items():
+            if slot not in running:
                 self._give_up(slot, work)
                 continue
-            running[slot] = work
             is_shared = self._shared.get(slot) == (work.run, work.fence)
             if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and not is_shared:
                 self._share(slot, work, now)
-        if now >= self._renew_at:
-            self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
 
     def _give_up(self, slot: int, work: Work) -> None:
         give_up(self._engine, work)
@@ -108,7 +105,13 @@ class Watch:
         for slot, work in running.items():
             by_run.setdefault(work.run, []).append((slot, work))
         for run, works in by_run.items():
-            gone = self._engine.ledger.renew(run, [(work.unit, work.fence) for _, work in works])
+            try:
+                gone = self._engine.ledger.renew(run, [(work.unit, work.fence) for _, work in works])
+            except UnavailableError:
+                raise
+            except Exception:  # one bad run must not cost the others their leases
+                log.exception("leases_not_renewed", run=run)
+                continue
             for slot, work in works:
                 again = self._slots.read(slot)
                 if work.unit not in gone or again is None or (again.pid, again.fence) != (work.pid, work.fence):

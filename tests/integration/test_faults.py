@@ -282,6 +282,21 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
     slots.close()
 
 
+def test_a_bad_run_does_not_cost_the_others_their_leases(engine: Engine) -> None:
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"),))))
+    slots = Slots.create(2)
+    for slot, run in enumerate(("bad", "good")):
+        assert engine.start(run, plan, event={}, params={})
+        taken = engine.ledger.begin(run, ["a"], How('{"worker":"w"', lease_ms=1)).taken
+        assert taken is not None
+        slots.write(slot, fence=taken.fence, attempt=1, index=-1, run=run, unit="a", unit_since=0.0)
+    engine.ledger.client.set("orchestrator:{bad}:leases", "no sorted set")
+    Watch(engine, slots).round(time.monotonic())
+    seconds, _ = engine.ledger.client.time()
+    assert engine.ledger.client.zscore("orchestrator:{good}:leases", "a") > (seconds + 5) * 1000
+    slots.close()
+
+
 def test_what_was_taken_is_watched_while_the_rest_is_published(
     settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
