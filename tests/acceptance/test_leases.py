@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.celery_app import VISIBILITY_TIMEOUT_S, queue_name
+from orchestrator.brokers.claims import CLAIM_MS
+from orchestrator.celery_app import queue_name
 from orchestrator.engine import Engine
 from orchestrator.expressions import parse
 from orchestrator.ledger.ledger import LEASE_MS
@@ -276,13 +277,13 @@ def test_a_step_goes_on_when_its_worker_loses_the_broker(scene: Scene) -> None:
 
 
 def test_a_live_worker_keeps_its_steps_however_long_they_take(scene: Scene) -> None:
-    """Longer than the lease and the broker's visibility timeout together; and also while a child of it sleeps."""
+    """Longer than a lease and a message claim together; and also while a child of it sleeps."""
     worker = scene.worker()
     scene.start("long", "asleep")
     holders = {run: scene.call(run).pid for run in ("long", "asleep")}
     other = scene.worker()
     os.kill(holders["asleep"], signal.SIGSTOP)
-    settle(LEASE_MS / 1000 + VISIBILITY_TIMEOUT_S + 5)
+    settle((LEASE_MS + CLAIM_MS) / 1000 + 5)
     os.kill(holders["asleep"], signal.SIGCONT)
     for run, holder in holders.items():
         scene.open(holder)
