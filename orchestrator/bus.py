@@ -74,6 +74,8 @@ class EventBus:
                     consumer = Consumer(
                         connection.channel(), [_QUEUE], on_message=receive, prefetch_count=_PREFETCH, accept=["json"]
                     )
+                    # Else kombu raises, and the message that it cannot unpack is the first one for ever.
+                    consumer.on_decode_error = lambda message, _: receive(message)
                     with consumer:
                         while not stop.is_set():
                             try:

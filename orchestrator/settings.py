@@ -21,7 +21,7 @@ FILE_NAME = "orchestrator.toml"
 ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
 
 #: Schemes of the URLs of servers.
-_REDIS = ("redis", "rediss", "unix", "valkey")
+_REDIS = ("redis", "rediss")
 _AMQP = ("amqp", "amqps")
 
 _POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")

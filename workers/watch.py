@@ -69,22 +69,17 @@ class Watch:
 
     def round(self, now: float) -> None:
         """Look once at every slot."""
-        running: dict[int, Work] = {}
-        for slot in range(self._slots.count):
-            work = self._slots.read(slot)
-            if work is None:
-                continue
-            if not _is_alive(work.pid):
+        found = {slot: work for slot in range(self._slots.count) if (work := self._slots.read(slot)) is not None}
+        running = {slot: work for slot, work in found.items() if _is_alive(work.pid)}
+        if now >= self._renew_at:  # before all else, which may fail
+            self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
+        for slot, work in found.items():
+            if slot not in running:
                 self._give_up(slot, work)
                 continue
-            if not work.unit:
-                continue  # it asks the ledger for what to run
-            running[slot] = work
             is_shared = self._shared.get(slot) == (work.run, work.fence)
             if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and not is_shared:
                 self._share(slot, work, now)
-        if now >= self._renew_at:
-            self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
 
     def _give_up(self, slot: int, work: Work) -> None:
         give_up(self._engine, work, self._identity)
@@ -109,7 +104,11 @@ class Watch:
         moment ago is not its own either, until it has noted what it took next.
         """
         gone_before, self._gone = self._gone, set()
-        gone = self._engine.ledger.renew((work.run, work.unit, work.fence) for work in running.values())
+        gone = self._engine.ledger.renew(
+            (work.run, work.unit, work.fence)
+            for work in running.values()
+            if work.unit  # else it is about to take one
+        )
         for slot, work in running.items():
             again = self._slots.read(slot)
             if (work.run, work.unit) not in gone or again is None or (again.pid, again.fence) != (work.pid, work.fence):

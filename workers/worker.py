@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from functools import partial
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.project import load_project
 from orchestrator.settings import Settings
 from workers import capture
+from workers.consumer import Consumer
 from workers.slots import Slots
 from workers.step import Identity, StepRunner, StepTask
 from workers.watch import Watch, give_up
@@ -45,15 +47,11 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         task = StepTask()
         app.register_task(task)
         _prepare_children(app, settings, task, identity, pool=pool, slots=slots)
-        watch = Watch(
-            # A connection that has died unseen is not to cost the leases.
-            Engine(settings, app=app, patience_s=2.0, timeout_s=2.0),
-            slots,
-            identity,
-            up_pid=up_pid,
-        )
+        # A connection that has died unseen is not to cost the leases.
+        engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
+        watch = Watch(engine, slots, identity, up_pid=up_pid)
         app.steps["worker"].add(_watch_step(watch, slots))
-        app.conf.worker_consumer = "workers.consumer:Consumer"
+        app.conf.worker_consumer = partial(Consumer, engine.ledger)
         worker = app.Worker(
             hostname=identity.worker,
             pool="prefork",
@@ -65,7 +63,11 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             without_mingle=True,
             without_heartbeat=True,
         )
-        worker.start()
+        try:
+            worker.start()
+        finally:
+            # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
+            watch.stop()
         return int(worker.exitcode or 0)
     finally:
         slots.close()
@@ -80,9 +82,6 @@ def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
         def start(self, parent: Any) -> None:
             signals.worker_shutting_down.connect(self._drain, weak=False)
             watch.start()
-
-        def stop(self, parent: Any) -> None:
-            watch.stop()
 
         @staticmethod
         def _drain(**_: Any) -> None:

@@ -102,6 +102,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
         yield client or self._command_client()
 
+    def close(self) -> None:
+        commands = self._commands
+        super().close()
+        if commands is not None:  # what was in work is given back last, and that has connected again
+            commands.connection_pool.disconnect()
+
     def _disconnect_pools(self) -> None:
         self._commands = None
         super()._disconnect_pools()
@@ -154,6 +160,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             envelope = parse(delivery.raw)
             envelope["properties"]["delivery_tag"] = delivery.tag
             message = self.Message(envelope, channel=self)
+            message.delivery = delivery
         except Exception as exc:  # noqa: BLE001 -- whatever it is made of, it must not end the consumer
             log.error("message_set_aside", queue=delivery.queue, reason=f"{type(exc).__name__}: {exc}")
             self.claims.set_aside(delivery, str(exc) or type(exc).__name__, time.time_ns() // 1_000_000)

@@ -273,6 +273,7 @@ function verbs.begin()
   local how = how_at(2)
   local state = call('HGET', RUN, 'state')
   if not state then return { 'unknown' } end
+  if not is_in_flight() then return { 'done' } end
   for i = 6, #ARGV do
     local unit = ARGV[i]
     local step, lo = split(unit)
@@ -380,7 +381,7 @@ function verbs.resolve()
   local step, index, child, state, payload, tail = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6], ARGV[7]
   local slot = index >= 0 and (step .. '/' .. int(index)) or step
   local now = call('HGET', STATES, slot)
-  if not now or ENDED[now] then return { 'done', {}, {} } end
+  if not now or ENDED[now] or not is_in_flight() then return { 'done', {}, {} } end
   call('HSET', STATES, 'w:' .. slot, child)
   if payload ~= '' then call('HSET', OUTPUTS, slot, payload) end
   close_record(slot, state, tail)
@@ -413,6 +414,7 @@ end
 -- give_up: error (JSON), retention_s, channel, run. Ends a run that cannot go on; answers {1 if it was in flight, parent}.
 function verbs.give_up()
   if not is_in_flight() then return { 0, '' } end
+  call('DEL', UNITS) -- so whoever still runs one is refused
   return { 1, end_run('failed', '', ARGV[2], ARGV[3], ARGV[4], ARGV[5]) }
 end
 
@@ -545,7 +547,7 @@ end
 -- log: slot, attempt, text. Keeps the captured text, so far, of an attempt that goes on.
 function verbs.log()
   -- It has ended meanwhile: its whole text is there, and the run may have a TTL.
-  if call('HGET', STATES, ARGV[2]) ~= 'running' then return 0 end
+  if call('HGET', STATES, ARGV[2]) ~= 'running' or not is_in_flight() then return 0 end
   call('HSET', LOGS, ARGV[2] .. '@' .. ARGV[3], ARGV[4])
   return 1
 end

@@ -177,7 +177,7 @@ class Ledger:
 
     def put_plan(self, plan: Plan) -> None:
         """Store a plan by its hash; idempotent."""
-        self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True)
+        self._guard(lambda: self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True))
 
     def plan(self, plan_hash: str) -> Plan:
         """Return a stored plan. Raises NotFoundError."""
@@ -200,7 +200,8 @@ class Ledger:
 
     def workflows(self) -> dict[str, dict[str, Any]]:
         """Return the definitions in force: name -> {"plan": hash, "workflow": Workflow.to_json()}."""
-        return {name: json.loads(text) for name, text in sorted(self.client.hgetall(keys.WORKFLOWS).items())}
+        rows = self._guard(lambda: self.client.hgetall(keys.WORKFLOWS))
+        return {name: json.loads(text) for name, text in sorted(rows.items())}
 
     def workflow_plan(self, name: str) -> str:
         """Return the hash of the plan in force of a workflow. Raises NotFoundError."""
@@ -504,13 +505,16 @@ class Ledger:
 
     def trim(self, before_ms: int) -> list[str]:
         """Take runs and events older than that off the indexes; answers the runs (some may still be in flight)."""
-        old = [str(run) for run in self.client.zrange(keys.RUNS, "-inf", before_ms, byscore=True)]
-        gone = [run for run in old if not self.client.exists(keys.run_key(run, "run"))]
+        old = [str(run) for run in self._guard(lambda: self.client.zrange(keys.RUNS, "-inf", before_ms, byscore=True))]
+        with self.client.pipeline(transaction=False) as pipe:
+            for run in old:
+                pipe.exists(keys.run_key(run, "run"))
+            gone = [run for run, there in zip(old, self._guard(pipe.execute), strict=True) if not there]
         with self.client.pipeline(transaction=False) as pipe:
             if gone:
                 pipe.zrem(keys.RUNS, *gone)
             pipe.zremrangebyscore(keys.EVENTS, "-inf", before_ms)
-            pipe.execute()
+            self._guard(pipe.execute)
         return gone
 
     def _guard(self, command: Any) -> Any:

@@ -277,7 +277,7 @@ def test_a_step_goes_on_when_its_worker_loses_the_broker(scene: Scene) -> None:
 
 
 def test_a_live_worker_keeps_its_steps_however_long_they_take(scene: Scene) -> None:
-    """Longer than the lease and the broker's visibility timeout together; and also while a child of it sleeps."""
+    """Longer than a lease and a message claim together; and also while a child of it sleeps."""
     worker = scene.worker()
     scene.start("long", "asleep")
     holders = {run: scene.call(run).pid for run in ("long", "asleep")}

@@ -16,9 +16,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orchestrator.engine import Engine
+from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
 from orchestrator.ledger import Ledger, Taken, keys
-from orchestrator.ledger.ledger import How
+from orchestrator.ledger.ledger import How, connect
 from orchestrator.plan import Plan
 from orchestrator.runs import STEP_RUN_MOVES, StepRunState
 from orchestrator.workflows import END, Step, TriggerRule, Workflow
@@ -215,6 +216,20 @@ def test_publishing_again_is_a_move(ledger: Ledger) -> None:
     before = idle(ledger, "r")
     ledger.clear("r", ["a"])
     assert idle(ledger, "r") not in (None, before)
+
+
+def test_who_still_runs_a_step_of_a_run_that_was_given_up_is_refused(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"), step("c"))
+    taken = take(ledger, "r", "a")
+    assert ledger.give_up("r", {"type": "RunLost"}) == (True, "")
+    ledger.log("r", "a", 1, "text")
+    assert ledger.renew([("r", "a", taken.fence)]) == {("r", "a")}
+    assert ledger.complete("r", taken, "succeeded", how=HOW, inline="default").verdict == "refused"
+    assert ledger.begin("r", ["c"], HOW).verdict == "done"
+    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="", tail="").verdict == "done"
+    assert ledger.outcome("r")[0] == "failed"
+    of_the_run = list(ledger.client.scan_iter("orchestrator:{r}:*"))
+    assert [key for key in of_the_run if ledger.client.ttl(key) < 0] == []
 
 
 def test_of_a_fan_out_the_parts_are_known_that_nobody_has_begun(ledger: Ledger) -> None:
@@ -653,3 +668,12 @@ def test_a_broken_run_harms_no_other_that_is_looked_at_or_renewed_with_it(ledger
     assert ledger.look(["bad", "good"]) == (["good"], {})
     assert ledger.renew([("bad", "a", 1), ("good", "a", taken.fence)]) == set()
     assert ledger.client.zcard(keys.run_key("good", "leases")) == 1
+
+
+def test_every_verb_says_in_one_way_that_the_server_is_away() -> None:
+    ledger = Ledger(connect("redis://127.0.0.1:1/0"))
+    plan = Plan.of(Workflow(name="w", steps=(Step(id="a", task="tasks:f"),)))
+    for verb in (lambda: ledger.put_plan(plan), lambda: ledger.publish_workflows([plan]), ledger.workflows,
+                 lambda: ledger.trim(1), ledger.active, lambda: ledger.renew([("r", "a", 1)])):  # fmt: skip
+        with pytest.raises(UnavailableError):
+            verb()

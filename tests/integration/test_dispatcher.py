@@ -133,12 +133,17 @@ def test_what_is_no_event_is_set_aside_with_its_bytes_and_the_next_one_goes_on(
         for body, kind in ((b"\x80\x04pickle", "application/x-python-serialize"), (b"{broken", "application/json")):
             producer.publish(body, content_type=kind, content_encoding="binary", exchange="", routing_key=EVENT_QUEUE)
         producer.publish({"specversion": "1.0"}, serializer="json", exchange="", routing_key=EVENT_QUEUE)
+        producer.publish(
+            b"squeezed", content_type="application/json", content_encoding="binary", exchange="",
+            routing_key=EVENT_QUEUE, headers={"compression": "unheard-of"},
+        )  # fmt: skip
     EventBus(app).publish([good])
     dispatcher.start()
     wait_until(lambda: place.engine.ledger.seen(good), "the good event was dealt with")
     aside = "".join(place.engine.ledger.client.lrange(keys.SET_ASIDE, 0, -1))
     assert "pickle" in aside
     assert "{broken" in aside
+    assert "squeezed" in aside
     assert "id must be a string" in aside
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
 import time
@@ -18,7 +20,8 @@ from orchestrator.celery_app import queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
-from orchestrator.ledger.ledger import LEADER_MS, How
+from orchestrator.ledger import keys
+from orchestrator.ledger.ledger import LEADER_MS, RENEW_S, How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.rescuer import Rescuer
@@ -156,6 +159,80 @@ def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_s
         assert worker.stop() == 0
 
 
+def test_a_worker_that_stops_keeps_the_leases_of_the_steps_that_it_finishes(
+    engine: Engine, start_worker: Callable[..., WorkerProcess], tmp_path: Path
+) -> None:
+    (engine.settings.project / "tasks.py").write_text(TASKS)
+    gate = tmp_path / "gate"
+    run = _start(engine, step("a", "wait_for", with_={"path": str(gate)}))
+    worker = start_worker()
+
+    def runs_out() -> float:
+        return float(engine.ledger.client.zscore("orchestrator:{r}:leases", "a") or 0)
+
+    wait_until(runs_out, "the step has begun")
+    assert worker.process is not None
+    worker.process.terminate()
+    wait_until(lambda: "Warm shutdown" in worker.log.read_text(), "the worker stops")
+    at_stop = runs_out()
+    wait_until(lambda: runs_out() > at_stop + 2 * RENEW_S * 1000 - 500, "its lease was renewed twice more", 10)
+    gate.touch()
+    assert worker.process.wait(timeout=10) == 0
+    assert Queries(engine.ledger, engine.payloads).run(run).steps[0].state == "succeeded"
+
+
+# Messages that are no steps' -------------------------------------------------------------------------------------
+
+
+def _spoilt() -> list[dict[str, Any]]:
+    """Return envelopes as Celery makes them, each with one thing wrong."""
+
+    def encoded(value: Any) -> str:
+        return base64.b64encode(json.dumps(value).encode()).decode()
+
+    def envelope(*, headers: Any = None, properties: Any = None, **changes: Any) -> dict[str, Any]:
+        good = {"task": "orchestrator.step", "id": "i", "eta": None, "expires": None, "timelimit": [None, None]}
+        delivery = {"exchange": "", "routing_key": "orchestrator.default.normal"}
+        return {
+            "body": encoded([["r", "a"], {}, {}]), "content-encoding": "utf-8", "content-type": "application/json",
+            "headers": good | (headers or {}),
+            "properties": {"body_encoding": "base64", "delivery_info": delivery} | (properties or {}),
+        } | changes  # fmt: skip
+
+    headers: list[dict[str, Any]] = [
+        {"task": "another.task"}, {"task": ["a"]}, {"id": None}, {"id": ["a"]}, {"timelimit": 7}, {"timelimit": "ab"},
+        {"timelimit": [5, 3]}, {"stamped_headers": 5}, {"compression": "unheard-of"}, {"eta": "9999-01-01T00:00:00"},
+        {"expires": "2001-01-01T00:00:00"},
+    ]  # fmt: skip
+    bodies = [[1], [1, 2, 3], {"task": "orchestrator.step"}, [["r"], {}, {}], [["r", "a"], {"x": 1}, {}]]
+    return [
+        *(envelope(headers=change) for change in headers),
+        *(envelope(body=encoded(body)) for body in bodies),
+        envelope(properties={"delivery_info": "x"}),
+        envelope(body=None),
+        *(envelope(**{"content-type": kind}) for kind in (None, ["a"], "application/x-python-serialize")),
+        envelope(**{"content-encoding": 7}),
+        envelope() | {"headers": {}},
+    ]
+
+
+def test_a_worker_sets_aside_what_is_no_step_and_lives(
+    engine: Engine, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    (engine.settings.project / "tasks.py").write_text(TASKS)
+    spoilt, client = _spoilt(), engine.ledger.client
+    for envelope in spoilt:
+        client.lpush("orchestrator.default.normal", json.dumps(envelope))
+    worker = start_worker()
+    run = _start(engine, step("a", with_={"value": 1}))
+    assert _end(engine, run, 20).output == 1
+    records = [json.loads(record) for record in client.lrange(keys.SET_ASIDE, 0, -1)]
+    assert len(records) == len(spoilt), worker.log.read_text()
+    assert all(record["reason"] and json.loads(record["raw"])["headers"] is not None for record in records)
+    assert worker.stop() == 0
+    assert "Traceback" not in worker.log.read_text()
+
+
 # The watch -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +279,21 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
     watch.round(now + 30)
     watch.round(now + 40)
     assert child.wait(timeout=5) == -9
+    slots.close()
+
+
+def test_a_bad_run_does_not_cost_the_others_their_leases(engine: Engine) -> None:
+    engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"),))))
+    slots = Slots(2)
+    for slot, run in enumerate(("bad", "good")):
+        assert engine.start(run, plan, event={}, params={})
+        taken = engine.ledger.begin(run, ["a"], How('{"worker":"w"', lease_ms=1)).taken
+        assert taken is not None
+        slots.write(slot, fence=taken.fence, attempt=1, index=-1, run=run, unit="a", unit_since=0.0)
+    engine.ledger.client.set("orchestrator:{bad}:leases", "no sorted set")
+    Watch(engine, slots, Identity("w", "")).round(time.monotonic())
+    seconds, _ = engine.ledger.client.time()
+    assert engine.ledger.client.zscore("orchestrator:{good}:leases", "a") > (seconds + 5) * 1000
     slots.close()
 
 

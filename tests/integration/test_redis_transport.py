@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,19 @@ def test_no_more_than_the_prefetch_is_taken(app: Celery, client: Any) -> None:
         until(drive, lambda: len(got) == 4, "the next one came")
     assert client.llen(NAME) == 9  # what was not acknowledged went back when the channel was closed
     assert client.hlen(claims.UNACKED) == 0
+
+
+def test_a_channel_that_is_closed_leaves_no_connection(app: Celery, client: Any) -> None:
+    gc.disable()
+    try:
+        publish(app, "a")
+        before = len(client.client_list())
+        with consuming(app, ack=False) as (got, drive):
+            until(drive, lambda: got, "it came")
+        wait_until(lambda: len(client.client_list()) <= before, "its connections are closed")
+    finally:
+        gc.enable()
+    assert client.llen(NAME) == 1
 
 
 def test_two_consumers_share_what_one_ring_brought(app: Celery) -> None:

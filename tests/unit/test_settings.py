@@ -49,6 +49,8 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
         ("[settings]\nhost = 3", "settings.host: must be a text, not 3"),
         ("[settings]\nfsync = 'no'", "fsync must be everysec or always"),
         ("[settings]\nledger_url = 'amqp://x'", "ledger_url must be a redis:// URL"),
+        ("[settings]\nledger_url = 'valkey://x'", "ledger_url must be a redis:// URL"),  # redis-py does not know it
+        ("[settings]\nbroker_url = 'unix:///x'", "broker_url must be a redis:// or an amqp:// URL"),  # nor kombu this
         ("[settings]\nbroker_url = 'amqp://x'", "broker_url is set but ledger_url is not"),
         ("[settings]\nbroker_url = 'rabbit:hunter2@h'", "broker_url must be a redis:// or an amqp:// URL"),
         ("[settings]\nblobs_url = 'ftp://x'", "blobs_url must be a file:// URL"),
