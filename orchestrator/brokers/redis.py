@@ -50,6 +50,13 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         self.channel.settle(self.channel.claims.give_back if requeue else self.channel.claims.ack, delivery_tag)
         super().ack(delivery_tag)
 
+    def set_aside(self, delivery: Delivery, reason: str) -> None:
+        """Keep a message that nobody can work off where nobody fetches it."""
+        log.error("message_set_aside", queue=delivery.queue, reason=reason)
+        moment = time.time_ns() // 1_000_000
+        self.channel.settle(lambda _: self.channel.claims.set_aside(delivery, reason, moment), delivery.tag)
+        super().ack(delivery.tag)
+
     def tags(self) -> list[str]:
         """Return the tags of what is in work."""
         return [tag for tag in list(self._delivered) if tag not in self._dirty]
@@ -117,6 +124,10 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         except (*self.connection_errors, redis.RedisError) as exc:
             log.info("claim_left_to_run_out", tag=tag, error=f"{type(exc).__name__}: {exc}")
 
+    def set_aside(self, message: Any, reason: str) -> None:
+        """Keep a message of which its consumer can make nothing, with its bytes and the reason."""
+        self.qos.set_aside(message.delivery, reason)
+
     # Publishing
 
     def create_publish_batch(self, max_size: int) -> Batch:
@@ -155,9 +166,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             envelope["properties"]["delivery_tag"] = delivery.tag
             message = self.Message(envelope, channel=self)
         except Exception as exc:  # noqa: BLE001 -- whatever it is made of, it must not end the consumer
-            log.error("message_set_aside", queue=delivery.queue, reason=f"{type(exc).__name__}: {exc}")
-            self.claims.set_aside(delivery, str(exc) or type(exc).__name__, time.time_ns() // 1_000_000)
+            self.qos.set_aside(delivery, f"{type(exc).__name__}: {exc}")
             return
+        message.delivery = delivery
         if no_ack:
             self.settle(self.claims.ack, delivery.tag)
         else:

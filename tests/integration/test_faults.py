@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import redis
 
-from orchestrator.brokers.claims import Claims
-from orchestrator.celery_app import queue_name
+from orchestrator.brokers.claims import UNACKED, Claims
+from orchestrator.celery_app import STEP_TASK, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
+from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import LEADER_MS, How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
@@ -103,9 +105,17 @@ def apart(settings: Settings, ledger_server: Server) -> Iterator[Engine]:
     made.close()
 
 
-def _refuse(server: Server, *, refuses: bool) -> None:
+REFUSALS = ["out of memory", "read-only", "without its replicas"]
+
+
+def _refuse(server: Server, how: str = REFUSALS[0], *, refuses: bool) -> None:
     client = redis.Redis.from_url(server.url)
-    client.config_set("maxmemory", "1" if refuses else "0")
+    if how == "read-only":
+        client.replicaof(*(("127.0.0.1", "1") if refuses else ("no", "one")))
+    elif how == "without its replicas":
+        client.config_set("min-replicas-to-write", int(refuses))
+    else:
+        client.config_set("maxmemory", "1" if refuses else "0")
     client.close()
 
 
@@ -136,7 +146,10 @@ def test_a_message_is_not_lost_to_a_ledger_that_refuses(
         assert worker.stop() == 0
 
 
-def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", REFUSALS)
+def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(
+    apart: Engine, ledger_server: Server, tmp_path: Path, how: str
+) -> None:
     gate, record = tmp_path / "gate", tmp_path / "record"
     run = _start(
         apart,
@@ -146,12 +159,13 @@ def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_s
     worker = WorkerProcess(apart.settings).start()
     try:
         wait_until(lambda: apart.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
-        _refuse(ledger_server, refuses=True)
+        _refuse(ledger_server, how, refuses=True)
         wait_until(lambda: "step_waits" in worker.log.read_text(), "the step has ended")
-        _refuse(ledger_server, refuses=False)
+        _refuse(ledger_server, how, refuses=False)
         gate.touch()
         assert _end(apart, run, 15).state is RunState.SUCCEEDED
         assert len(record.read_text().splitlines()) == 1
+        assert "Traceback" not in worker.log.read_text()
     finally:
         assert worker.stop() == 0
 
@@ -248,7 +262,7 @@ def test_a_bad_run_does_not_end_the_care_for_the_others(engine: Engine, settings
 # A server that refuses -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["read-only", "out of memory"])
+@pytest.mark.parametrize("how", REFUSALS)
 def test_a_worker_outlives_a_server_that_refuses_writes(
     ledger_server: Server, settings: Settings, tmp_path: Path, how: str
 ) -> None:
@@ -259,10 +273,7 @@ def test_a_worker_outlives_a_server_that_refuses_writes(
     client = redis.Redis.from_url(ledger_server.url)
 
     def refuse(*, refuses: bool) -> None:
-        if how == "read-only":
-            client.replicaof(*(("127.0.0.1", "1") if refuses else ("no", "one")))
-        else:
-            _refuse(ledger_server, refuses=refuses)
+        _refuse(ledger_server, how, refuses=refuses)
 
     refuse(refuses=True)
     worker = WorkerProcess(engine.settings).start()
@@ -285,6 +296,50 @@ def test_a_worker_outlives_a_server_that_refuses_writes(
         assert worker.stop() == 0
         client.close()
         engine.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"properties": {}},
+        {"properties": {"body_encoding": "base64"}, "body": "!", "headers": {}},
+        {"task": "theirs.task"},
+        {"task": STEP_TASK, "content-type": "application/x-python-serialize"},
+        {"task": STEP_TASK, "body": "not JSON"},
+        {"task": STEP_TASK, "body": '"no call"'},
+        {"task": STEP_TASK, "eta": "tomorrow"},
+    ],
+)
+def test_a_worker_sets_aside_what_is_no_call_of_a_step(
+    engine: Engine, settings: Settings, message: dict[str, Any]
+) -> None:
+    """Celery drops some of these unseen; of others its worker dies, and the next one, because they come back."""
+    (settings.project / "tasks.py").write_text(TASKS)
+    envelope = message
+    if "task" in message:
+        headers = {"lang": "py", "id": "1", "task": message["task"], "eta": message.get("eta")}
+        envelope = {
+            "headers": headers,
+            "properties": {"delivery_info": {}},
+            "body": message.get("body", "[[], {}, {}]"),
+            "content-type": message.get("content-type", "application/json"),
+            "content-encoding": "utf-8",
+        }
+    raw = json.dumps(envelope)
+    client = redis.Redis.from_url(settings.broker_url)
+    client.lpush(queue_name("default"), raw)
+    worker = WorkerProcess(settings).start()
+    try:
+        wait_until(lambda: client.llen(keys.SET_ASIDE), "it is set aside", 20)
+        run = _start(engine, step("a", with_={"value": 1}))
+        assert _end(engine, run, 20).output == 1
+        assert json.loads(client.lindex(keys.SET_ASIDE, 0))["raw"] == raw
+        wait_until(lambda: client.hlen(UNACKED) == 0, "nothing is in work")
+        assert worker.log.read_text().count("message_set_aside") == 1
+        assert "Traceback" not in worker.log.read_text()
+    finally:
+        assert worker.stop() == 0
+        client.close()
 
 
 def test_a_run_whose_message_is_lost_goes_on_and_one_that_only_waits_is_left_alone(engine: Engine) -> None:
