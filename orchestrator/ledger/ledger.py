@@ -35,6 +35,14 @@ LEADER_MS = 4_000
 #: A row that has waited this long in the outbox was left behind by a process that died.
 OUTBOX_AGE_MS = 5_000
 
+#: Refusals that redis-py has a class for (and then cuts the code from their text).
+_REFUSALS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+
 
 @lru_cache(maxsize=1)
 def _script() -> tuple[str, str]:
@@ -137,10 +145,10 @@ class Ledger:
             except redis.exceptions.NoScriptError:
                 self.client.script_load(text)
                 return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
-        except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError) as exc:
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
             raise unavailable(self.client, exc) from exc
         except redis.ResponseError as exc:
-            if str(exc).startswith(("OOM", "MISCONF", "READONLY", "LOADING")):
+            if _is_refusal(exc):
                 raise unavailable(self.client, exc) from exc
             raise
 
@@ -148,7 +156,7 @@ class Ledger:
 
     def put_plan(self, plan: Plan) -> None:
         """Store a plan by its hash; idempotent."""
-        self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True)
+        self._guard(lambda: self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True))
 
     def plan(self, plan_hash: str) -> Plan:
         """Return a stored plan. Raises NotFoundError."""
@@ -487,6 +495,11 @@ class Ledger:
             return command()
         except redis.RedisError as exc:
             raise unavailable(self.client, exc) from exc
+
+
+def _is_refusal(exc: redis.ResponseError) -> bool:
+    """Whether the server is there and does not do what it is asked now, as opposed to finding fault with it."""
+    return isinstance(exc, _REFUSALS) or str(exc).startswith(("OOM ", "READONLY ", "MISCONF ", "NOREPLICAS ", "BUSY "))
 
 
 def unavailable(client: Any, exc: Exception) -> UnavailableError:
