@@ -74,6 +74,31 @@ def test_a_blob_that_is_lost_fails_what_reads_it_and_the_run(place: Place, tmp_p
     assert found.error["type"] == "BlobNotFound"
 
 
+def test_an_outcome_is_not_lost_to_a_blob_store_that_is_full(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    (settings.project / "tasks.py").write_text(
+        TASKS + "\ndef large(record):\n    open(record, 'a').write('x')\n    return ['x' * 1000] * 200\n"
+    )
+    blobs, record = tmp_path / "store", tmp_path / "record"
+    blobs.write_text("a file, in which nothing can be stored")
+    apart = Engine(settings.evolve(blobs_url=blobs.as_uri()))
+    run = _start(
+        apart,
+        step("a", "large", with_={"record": str(record)}),
+        step("b", "length", foreach=parse("{{ a }}"), with_={"value": "{{ item }}"}),
+    )
+    worker = WorkerProcess(settings, ORCHESTRATOR_BLOBS_URL=blobs.as_uri()).start()
+    try:
+        wait_until(lambda: "step_waits" in worker.log.read_text(), "the step has ended")
+        blobs.unlink()
+        assert _end(apart, run, 20).state is RunState.SUCCEEDED
+        assert record.read_text() == "x"
+    finally:
+        assert worker.stop() == 0
+        apart.close()
+
+
 def test_whatever_a_step_raises_is_its_failure(place: Place) -> None:
     (place.settings.project / "odd.py").write_text(
         "import asyncio\ndef cancelled():\n    raise asyncio.CancelledError('gone')\n"
