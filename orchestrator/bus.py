@@ -49,7 +49,8 @@ class EventBus:
                             declare=[_QUEUE], retry=True, retry_policy=_RETRY, confirm_timeout=CONFIRM_TIMEOUT_S,
                         )  # fmt: skip
         except broker_errors(self._app) as exc:
-            raise UnavailableError(f"the broker at {self._where()} cannot take events: {exc}; start it") from exc
+            reason = exc.__cause__ or exc  # of a batch kombu says no more than that it failed
+            raise UnavailableError(f"the broker at {self._where()} cannot take events: {reason}; see to it") from exc
 
     def consume(self, handle: Callable[[object, bytes], None], stop: threading.Event) -> None:
         """Give each message, as (decoded body, raw bytes), to `handle` until `stop` is set; blocks.

@@ -110,8 +110,9 @@ def command(*arguments: str) -> list[str]:
 class WorkerProcess:
     """A real worker process for a project, on the settings' servers."""
 
-    def __init__(self, settings: Settings, *, pool: str = "default", concurrency: int = 2) -> None:
+    def __init__(self, settings: Settings, *, pool: str = "default", concurrency: int = 2, **env: str) -> None:
         self._settings = settings
+        self._env = env
         self._arguments = ["--pool", pool, "--concurrency", str(concurrency)]
         self.log = settings.project.parent / f"worker-{pool}.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -124,6 +125,7 @@ class WorkerProcess:
                     ORCHESTRATOR_BROKER_URL=self._settings.broker_url,
                     ORCHESTRATOR_LEDGER_URL=self._settings.ledger_url,
                     ORCHESTRATOR_DATA_DIR=str(self._settings.data_dir),
+                    **self._env,
                 ),
                 stdout=log,
                 stderr=log,

@@ -71,6 +71,10 @@ class _RunInfo:
     loaded: dict[str, Any] = field(default_factory=dict)
 
 
+class _CannotWaitError(UnavailableError):
+    """The worker is to stop, and what its step needs is away: no outcome of the step, which comes again."""
+
+
 class _Secrets(Mapping[str, str]):
     """`secrets` in expressions: read when asked for, and remembered so that captured text is masked."""
 
@@ -187,7 +191,7 @@ class StepRunner:
     def _insist(self, verb: Callable[[], _T]) -> _T:
         """Do what a repeat does not harm until the servers allow it: a step that was run is not to be lost to them.
 
-        Raises UnavailableError only when the worker is to stop and its grace period has passed.
+        Raises _CannotWaitError only when the worker is to stop and its grace period has passed.
         """
         stop_at = float("inf")
         while True:
@@ -197,7 +201,7 @@ class StepRunner:
                 if self.is_draining:
                     stop_at = min(stop_at, time.monotonic() + self._settings.grace_s)
                 if self._slots is None or time.monotonic() > stop_at:
-                    raise
+                    raise _CannotWaitError(str(exc)) from exc
                 self.outage.begins(exc)
                 time.sleep(_WAIT_S)
             else:
@@ -296,7 +300,9 @@ class StepRunner:
                     state = "waiting"
                 else:
                     value = self._call(info, taken, step, arguments, captured)
-                    payload = self._pack(info, taken, value)
+                    payload = self._insist(partial(self._pack, info, taken, value))
+        except _CannotWaitError:
+            raise
         except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
             state, payload = "failed", ""
             error = describe_error(exc, self._settings.project)
@@ -328,7 +334,8 @@ class StepRunner:
         if not isinstance(items, list):
             raise ExpressionError(f"foreach must give a list, not {type(items).__name__}")
         ranges = parts(len(items), max_parallel=step.max_parallel)
-        per, chunks = self._payloads.pack_items(items, self._blob(info, taken) + "-items") if items else (1, [])
+        key = self._blob(info, taken) + "-items"
+        per, chunks = self._insist(partial(self._payloads.pack_items, items, key)) if items else (1, [])
         return self._insist(
             lambda: self._ledger.expand(
                 info.id, taken, len(items),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import structlog
 from billiard.process import current_process
 from celery import Celery, bootsteps, signals
+from celery.app.trace import LOG_REJECTED
 from celery.exceptions import SecurityWarning
 
 from orchestrator.celery_app import PRIORITIES, make_app, queue_name
@@ -95,6 +97,8 @@ def _prepare_children(
 ) -> None:
     def begin(**_: Any) -> None:
         capture.install()
+        # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.
+        logging.getLogger("celery.app.trace").addFilter(lambda record: record.msg != LOG_REJECTED.strip())
         engine, slot = Engine(settings, app=app), int(current_process().index)
         before = slots.read(slot)
         if before is not None:  # the child whose place this one takes has died in a step

@@ -51,6 +51,8 @@ class _Part:
     command: Sequence[str]
     output: IO[bytes] | None = None
     dies_with_us: bool = False
+    #: A file that is open in the process, too: a lock on it holds until both of us are gone.
+    shares: IO[str] | None = None
     process: subprocess.Popen[bytes] | None = None
     is_draining: bool = False
     generation: str = ""
@@ -66,6 +68,7 @@ class _Part:
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=self.output,
+            pass_fds=() if self.shares is None else (self.shares.fileno(),),
             preexec_fn=_die_with_parent if self.dies_with_us else None,  # `up` has one thread
         )
         self.started = time.monotonic()
@@ -91,6 +94,7 @@ class Up:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._server: _Part | None = None
+        self._server_lock: IO[str] | None = None
         self._control: _Part | None = None
         self._workers: list[_Part] = []
         self._signals = 0
@@ -126,6 +130,8 @@ class Up:
                 if part.process is not None:
                     part.process.wait()
             lock.close()
+            if self._server_lock is not None:
+                self._server_lock.close()
         return 0
 
     def _on_signal(self, *_: object) -> None:
@@ -176,13 +182,13 @@ class Up:
             self._check_external()
             return
         data_dir = self._settings.data_dir
-        _stop_leftover(data_dir)
+        self._server_lock = _stop_leftover(data_dir)
         server = EmbeddedServer(
             data_dir, host=self._settings.host, port=self._settings.port, fsync=self._settings.fsync
         )
         command = server.prepare()
         output = (data_dir / "server" / "valkey.log").open("ab")
-        self._server = _Part("server", command, output=output, dies_with_us=True)
+        self._server = _Part("server", command, output=output, dies_with_us=True, shares=self._server_lock)
         self._server.start()
         url = EmbeddedServer.url_of(data_dir)
         assert url is not None
@@ -324,23 +330,42 @@ def _is_loading(client: redis.Redis) -> bool:
     return False
 
 
-def _stop_leftover(data_dir: Path) -> None:
-    """Stop a server that an `up` which was killed has left on this data directory, whose lock we hold."""
+def _stop_leftover(data_dir: Path) -> IO[str]:
+    """Stop a server that an `up` which was killed has left on this data directory, whose lock we hold.
+
+    Returns the server's own lock. One that does not answer may be there all the same (stopped, or waiting for its
+    disk), and two servers on one append-only file would spoil it.
+    """
+    try:
+        lock = (data_dir / "server.lock").open("a")
+    except OSError as exc:
+        raise UnavailableError(f"cannot write to the data directory {data_dir}: {exc.strerror}; free space") from exc
+    until = time.monotonic() + _STOP_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            if time.monotonic() > until:
+                lock.close()
+                raise OrchestratorError(
+                    f"the server that was left running on {data_dir} does not stop; stop it by hand "
+                    f"(its pid is in {data_dir / 'server' / 'valkey.log'})"
+                ) from exc
+        else:
+            return lock
+        _shut_down(data_dir)
+        time.sleep(0.05)
+
+
+def _shut_down(data_dir: Path) -> None:
+    """Ask the server of a data directory to stop, if it can be asked."""
     url = EmbeddedServer.url_of(data_dir)
     if url is None:
         return
     client = redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1)
     try:
-        if not _answers(client) and not _is_loading(client):
-            return
         client.shutdown(nosave=True)
     except redis.RedisError:
-        return
+        pass
     finally:
         client.close()
-    until = time.monotonic() + _STOP_S
-    while time.monotonic() < until:
-        if not _answers(client) and not _is_loading(client):
-            return
-        time.sleep(0.05)
-    raise OrchestratorError(f"the server that was left running on {data_dir} does not stop; stop it by hand")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +38,18 @@ RENEW_S = 2.5
 LEADER_MS = 4_000
 #: A row that has waited this long in the outbox was left behind by a process that died.
 OUTBOX_AGE_MS = 5_000
+
+#: Refusals that redis-py has a class for (and then cuts the code from their text).
+_REFUSALS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+
+
+#: Those that it has none for; of a pipeline it says first which command was refused.
+_REFUSAL = re.compile(r"(?:^|caused error: )(?:MISCONF|NOREPLICAS|BUSY) ")
 
 
 @lru_cache(maxsize=1)
@@ -527,11 +540,10 @@ class Ledger:
 
 
 def _is_away(exc: redis.RedisError) -> bool:
-    """Tell whether an error is about the server, which may be better later, and not about the command."""
-    if isinstance(exc, redis.ResponseError):
-        kinds = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError, redis.exceptions.NoPermissionError)
-        return isinstance(exc, kinds) or str(exc).startswith(("MISCONF", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY"))
-    return True
+    """Tell whether the server cannot be used now, as opposed to finding fault with what it was asked."""
+    if not isinstance(exc, redis.ResponseError):
+        return True
+    return isinstance(exc, _REFUSALS) or _REFUSAL.search(str(exc)) is not None
 
 
 def unavailable(client: Any, exc: Exception) -> UnavailableError:

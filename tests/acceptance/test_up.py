@@ -267,6 +267,24 @@ def test_the_parts_end_when_up_itself_is_killed_and_the_next_up_goes_on(up: Up, 
     assert run(up, "stamp", record=str(tmp_path / "record"))["state"] == "succeeded"
 
 
+def test_a_server_that_was_left_and_does_not_answer_gets_no_second_one_beside_it(up: Up, tmp_path: Path) -> None:
+    """Two servers on one append-only file would spoil it."""
+    assert up.process is not None
+    server = psutil.Process(up.pid_of("server"))
+    before = EmbeddedServer.url_of(up.data_dir)
+    server.suspend()
+    up.process.kill()
+    up.process.wait()
+    up.start()
+    assert up.process.wait(timeout=60) == 1
+    assert "does not stop; stop it by hand" in up.text()
+    server.kill()
+    up.start()
+    up.wait_ready()
+    assert EmbeddedServer.url_of(up.data_dir) == before
+    assert run(up, "stamp", record=str(tmp_path / "record"))["state"] == "succeeded"
+
+
 def test_changed_code_is_a_new_generation_and_changed_definitions_are_put_in_force(up: Up, tmp_path: Path) -> None:
     first = run(up, "version")
     assert first["output"] == 1

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import redis
 
-from orchestrator.brokers.claims import Claims
-from orchestrator.celery_app import queue_name
+from orchestrator.brokers.claims import UNACKED, Claims
+from orchestrator.celery_app import STEP_TASK, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
@@ -75,6 +75,31 @@ def test_a_blob_that_is_lost_fails_what_reads_it_and_the_run(place: Place, tmp_p
     assert found.error["type"] == "BlobNotFound"
 
 
+def test_an_outcome_is_not_lost_to_a_blob_store_that_is_full(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    (settings.project / "tasks.py").write_text(
+        TASKS + "\ndef large(record):\n    open(record, 'a').write('x')\n    return ['x' * 1000] * 200\n"
+    )
+    blobs, record = tmp_path / "store", tmp_path / "record"
+    blobs.write_text("a file, in which nothing can be stored")
+    apart = Engine(settings.evolve(blobs_url=blobs.as_uri()))
+    run = _start(
+        apart,
+        step("a", "large", with_={"record": str(record)}),
+        step("b", "length", foreach=parse("{{ a }}"), with_={"value": "{{ item }}"}),
+    )
+    worker = WorkerProcess(settings, ORCHESTRATOR_BLOBS_URL=blobs.as_uri()).start()
+    try:
+        wait_until(lambda: "step_waits" in worker.log.read_text(), "the step has ended")
+        blobs.unlink()
+        assert _end(apart, run, 20).state is RunState.SUCCEEDED
+        assert record.read_text() == "x"
+    finally:
+        assert worker.stop() == 0
+        apart.close()
+
+
 def test_whatever_a_step_raises_is_its_failure(place: Place) -> None:
     (place.settings.project / "odd.py").write_text(
         "import asyncio\ndef cancelled():\n    raise asyncio.CancelledError('gone')\n"
@@ -106,9 +131,17 @@ def apart(settings: Settings, ledger_server: Server) -> Iterator[Engine]:
     made.close()
 
 
-def _refuse(server: Server, *, refuses: bool) -> None:
+REFUSALS = ["out of memory", "read-only", "without its replicas"]
+
+
+def _refuse(server: Server, how: str = REFUSALS[0], *, refuses: bool) -> None:
     client = redis.Redis.from_url(server.url)
-    client.config_set("maxmemory", "1" if refuses else "0")
+    if how == "read-only":
+        client.replicaof(*(("127.0.0.1", "1") if refuses else ("no", "one")))
+    elif how == "without its replicas":
+        client.config_set("min-replicas-to-write", int(refuses))
+    else:
+        client.config_set("maxmemory", "1" if refuses else "0")
     client.close()
 
 
@@ -133,13 +166,18 @@ def test_a_message_is_not_lost_to_a_ledger_that_refuses(
     worker = WorkerProcess(apart.settings).start()
     try:
         wait_until(lambda: "step_waits" in worker.log.read_text(), "the message was taken")
+        time.sleep(3)  # it is tried again
         _refuse(ledger_server, refuses=False)
         assert _end(apart, run, 15).output == 1
+        assert "Traceback" not in worker.log.read_text()
     finally:
         assert worker.stop() == 0
 
 
-def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", REFUSALS)
+def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(
+    apart: Engine, ledger_server: Server, tmp_path: Path, how: str
+) -> None:
     gate, record = tmp_path / "gate", tmp_path / "record"
     run = _start(
         apart,
@@ -149,12 +187,13 @@ def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(apart: Engine, ledger_s
     worker = WorkerProcess(apart.settings).start()
     try:
         wait_until(lambda: apart.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
-        _refuse(ledger_server, refuses=True)
+        _refuse(ledger_server, how, refuses=True)
         wait_until(lambda: "step_waits" in worker.log.read_text(), "the step has ended")
-        _refuse(ledger_server, refuses=False)
+        _refuse(ledger_server, how, refuses=False)
         gate.touch()
         assert _end(apart, run, 15).state is RunState.SUCCEEDED
         assert len(record.read_text().splitlines()) == 1
+        assert "Traceback" not in worker.log.read_text()
     finally:
         assert worker.stop() == 0
 
@@ -340,7 +379,7 @@ def test_a_bad_run_does_not_end_the_care_for_the_others(engine: Engine, settings
 # A server that refuses -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["read-only", "out of memory"])
+@pytest.mark.parametrize("how", REFUSALS)
 def test_a_worker_outlives_a_server_that_refuses_writes(
     ledger_server: Server, settings: Settings, tmp_path: Path, how: str
 ) -> None:
@@ -351,10 +390,7 @@ def test_a_worker_outlives_a_server_that_refuses_writes(
     client = redis.Redis.from_url(ledger_server.url)
 
     def refuse(*, refuses: bool) -> None:
-        if how == "read-only":
-            client.replicaof(*(("127.0.0.1", "1") if refuses else ("no", "one")))
-        else:
-            _refuse(ledger_server, refuses=refuses)
+        _refuse(ledger_server, how, refuses=refuses)
 
     refuse(refuses=True)
     worker = WorkerProcess(engine.settings).start()
@@ -377,6 +413,50 @@ def test_a_worker_outlives_a_server_that_refuses_writes(
         assert worker.stop() == 0
         client.close()
         engine.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"properties": {}},
+        {"properties": {"body_encoding": "base64"}, "body": "!", "headers": {}},
+        {"task": "theirs.task"},
+        {"task": STEP_TASK, "content-type": "application/x-python-serialize"},
+        {"task": STEP_TASK, "body": "not JSON"},
+        {"task": STEP_TASK, "body": '"no call"'},
+        {"task": STEP_TASK, "eta": "tomorrow"},
+    ],
+)
+def test_a_worker_sets_aside_what_is_no_call_of_a_step(
+    engine: Engine, settings: Settings, message: dict[str, Any]
+) -> None:
+    """Celery drops some of these unseen; of others its worker dies, and the next one, because they come back."""
+    (settings.project / "tasks.py").write_text(TASKS)
+    envelope = message
+    if "task" in message:
+        headers = {"lang": "py", "id": "1", "task": message["task"], "eta": message.get("eta")}
+        envelope = {
+            "headers": headers,
+            "properties": {"delivery_info": {}},
+            "body": message.get("body", "[[], {}, {}]"),
+            "content-type": message.get("content-type", "application/json"),
+            "content-encoding": "utf-8",
+        }
+    raw = json.dumps(envelope)
+    client = redis.Redis.from_url(settings.broker_url)
+    client.lpush(queue_name("default"), raw)
+    worker = WorkerProcess(settings).start()
+    try:
+        wait_until(lambda: client.llen(keys.SET_ASIDE), "it is set aside", 20)
+        run = _start(engine, step("a", with_={"value": 1}))
+        assert _end(engine, run, 20).output == 1
+        assert json.loads(client.lindex(keys.SET_ASIDE, 0))["raw"] == raw
+        wait_until(lambda: client.hlen(UNACKED) == 0, "nothing is in work")
+        assert worker.log.read_text().count("message_set_aside") == 1
+        assert "Traceback" not in worker.log.read_text()
+    finally:
+        assert worker.stop() == 0
+        client.close()
 
 
 def test_a_run_whose_message_is_lost_goes_on_and_one_that_only_waits_is_left_alone(engine: Engine) -> None:

@@ -60,7 +60,7 @@ def refuse(request: pytest.FixtureRequest, own_server: Server) -> Iterator[Calla
 def test_an_event_is_refused_and_nothing_of_it_is_kept(own: Engine, refuse: Callable[[bool], None]) -> None:
     bus = EventBus(own.app)
     refuse(True)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError, match=r"maxmemory|read only"):
         bus.publish([manual_event("w", {}, event_id=uuid.uuid4().hex) for _ in range(20)])
     assert own.ledger.client.llen(EVENT_QUEUE) == 0
     refuse(False)
