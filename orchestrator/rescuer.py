@@ -83,7 +83,9 @@ class Rescuer:
     def round(self) -> int:
         """Look once at every run in flight, if we lead, and return how many units were published again."""
         leads, now_ms = self._engine.ledger.lead(_ROLE, self._me)
-        if now_ms - self._seen_ms > _GAP_MS:
+        if not self._seen_ms:
+            self._grace_until_ms = self._engine.ledger.server_started_ms() + _GRACE_MS
+        elif now_ms - self._seen_ms > _GAP_MS:
             self._grace_until_ms = now_ms + _GRACE_MS
         self._seen_ms = now_ms
         if leads != self._leads:
@@ -105,7 +107,7 @@ class Rescuer:
         empty = self._empty_queues()
         before, self._idle = self._idle, {}
         content, self._content = self._content, {}
-        published = 0
+        published, freed = 0, []
         runs = self._engine.ledger.active()
         for lo in range(0, len(runs), _BATCH):
             if self._service.stopping.is_set():
@@ -119,7 +121,11 @@ class Rescuer:
                     continue
                 self._idle[run] = version
                 if empty and before.get(run) == version:
-                    published += self._free(run, version, empty)
+                    units = self._free(run, version, empty)
+                    published += units
+                    freed += [run] if units else []
+        if freed:
+            log.error("runs_were_stuck", runs=len(freed), first=freed[:10], reason="the broker has lost their messages")
         return published
 
     def _empty_queues(self) -> set[str]:
@@ -157,7 +163,7 @@ class Rescuer:
             plan = self._engine.plan(version.rpartition(":")[2])
             lost = [unit for unit in waiting if queue_name(plan.pool(unit.partition("/")[0])) in empty]
             if lost:
-                log.error("run_was_stuck", run=run, units=lost[:10], count=len(lost), reason="their messages are lost")
+                log.info("run_freed", run=run, units=lost[:10], count=len(lost))
                 self._engine.publish(run, plan, lost)
             return len(lost)
         except UnavailableError:

@@ -268,6 +268,20 @@ function verbs.refuse()
   return 1
 end
 
+local function took(unit, how) -- whether the process that asks is the one that has taken this unit
+  local step, lo = split(unit)
+  local _, k = held(unit)
+  return string.sub(last_record(lo and (step .. '/' .. int(k)) or step), 1, #how[2]) == how[2]
+end
+
+-- What this process has taken: a process asks for more only if it runs nothing, so an answer to it was lost.
+local function lost_answer(how)
+  for _, unit in ipairs(call('ZRANGE', LEASES, 0, -1)) do
+    if took(unit, how) then return take(unit, how) or {} end
+  end
+  return {}
+end
+
 -- begin: lease_ms, record, known run, known chunk, then the units of the message in order
 function verbs.begin()
   local how = how_at(2)
@@ -292,7 +306,7 @@ function verbs.begin()
         end
       end
       -- Also when the lease has run out: the sweep, which knows whether it could be renewed, gives it up.
-      if call('ZSCORE', LEASES, unit) then return { 'held' } end
+      if call('ZSCORE', LEASES, unit) and not took(unit, how) then return { 'held' } end
       local taken = take(unit, how)
       if taken then return { 'go', taken, {} } end
     end
@@ -310,7 +324,7 @@ function verbs.complete()
   if holder ~= fence then return { 'refused' } end
   local step, lo = split(unit)
   local slot = lo and (step .. '/' .. int(index)) or step
-  if lo and k ~= index then return { 'done' } end
+  if lo and k ~= index then return { 'done', lost_answer(how), {} } end
   local ready = {}
   local now = call('HMGET', STATES, slot, 'n:' .. slot)
   local fresh = not ENDED[now[1] or ''] and not now[2] -- a fan-out that was expanded is ended by its items
@@ -325,7 +339,7 @@ function verbs.complete()
     end
   elseif not lo then
     call('ZREM', LEASES, unit)
-    return { 'done' }
+    return { 'done', lost_answer(how), {} }
   end
   if not lo then
     call('ZREM', LEASES, unit)
@@ -354,7 +368,7 @@ function verbs.expand()
     ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
   local how, inline = how_at(8)
   if held(step) ~= fence then return { 'refused' } end
-  if call('HEXISTS', STATES, 'n:' .. step) == 1 then return { 'done' } end
+  if call('HEXISTS', STATES, 'n:' .. step) == 1 then return { 'done', lost_answer(how), {} } end
   call('HSET', STATES, 'n:' .. step, int(n))
   call('ZREM', LEASES, step)
   local ready = {}
@@ -517,10 +531,7 @@ end
 function verbs.abandon()
   local lost = {}
   for _, unit in ipairs(call('ZRANGE', LEASES, 0, -1)) do
-    local step, lo = split(unit)
-    local _, k = held(unit)
-    local record = last_record(lo and (step .. '/' .. int(k)) or step)
-    if string.sub(record, 1, #ARGV[2]) == ARGV[2] then
+    if took(unit, { 0, ARGV[2] }) then
       lose(unit)
       lost[#lost + 1] = unit
     end

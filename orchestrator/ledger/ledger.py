@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 LEASE_MS = 10_000
 RENEW_S = 2.5
 #: How long who leads does so without saying so again.
-LEADER_MS = 4_000
+LEADER_MS = 3_000
 #: A row that has waited this long in the outbox was left behind by a process that died.
 OUTBOX_AGE_MS = 5_000
 
@@ -105,7 +105,8 @@ class Answer:
 class How:
     """Who takes a unit and what it knows already (so that it is not sent again).
 
-    `record` is the opening of the attempt's record: JSON without its closing brace.
+    `record` is the opening of the attempt's record: JSON without its closing brace, which names who takes; no two that
+    run at the same time have the same.
     """
 
     record: str
@@ -292,7 +293,8 @@ class Ledger:
     def begin(self, run: str, units: Sequence[str], how: How) -> Answer:
         """Take the first unit of a message that has not ended. Verdicts: go, done, held, early, unknown.
 
-        A unit that was begun is held until the sweep (or `abandon`) has given up its lease, run out or not.
+        A unit that was begun is held until the sweep (or `abandon`) has given up its lease, run out or not. Only who
+        has taken it gets it again: the answer was lost, for a process asks only when it runs nothing.
         """
         return _answer(self._call(run, "begin", *how.argv(), *units))
 
@@ -463,6 +465,14 @@ class Ledger:
         if leader == who:
             self._guard(lambda: self.client.pexpire(key, lease_ms))
         return leader == who, seconds * 1000 + micros // 1000
+
+    def server_started_ms(self) -> int:
+        """Return when the server was started, by its clock, to the second."""
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.info("server")
+            (seconds, _), info = self._guard(pipe.execute)
+        return (int(seconds) - int(info["uptime_in_seconds"])) * 1000
 
     def resign(self, role: str, who: str) -> None:
         """Let somebody else lead at once."""

@@ -26,6 +26,7 @@ from orchestrator.workflows import END, Step, TriggerRule, Workflow
 
 HOW = How('{"worker":"w"')
 BRIEF = How('{"worker":"w"', lease_ms=1)
+OTHER = How('{"worker":"another"')
 
 
 @pytest.fixture
@@ -74,9 +75,32 @@ def test_begin_and_the_next_step_come_in_one_answer(ledger: Ledger) -> None:
 def test_a_step_in_work_is_held_and_an_ended_one_is_done(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b", "a"))
     taken = take(ledger, "r", "a")
-    assert ledger.begin("r", ["a"], HOW).verdict == "held"
+    assert ledger.begin("r", ["a"], OTHER).verdict == "held"
     ledger.complete("r", taken, "succeeded", how=HOW, inline="")
-    assert ledger.begin("r", ["a"], HOW).verdict == "done"
+    assert ledger.begin("r", ["a"], OTHER).verdict == "done"
+
+
+def test_who_did_not_hear_the_answer_gets_what_it_has_taken(ledger: Ledger) -> None:
+    start(ledger, "r", step("a"), step("b", "a"), step("f", "b", foreach=[1, 2, 3]))
+    take(ledger, "r", "a", "b")
+    a = take(ledger, "r", "a", "b")  # again: the first answer was lost
+    for _ in range(2):
+        answer = ledger.complete("r", a, "succeeded", payload="1", how=HOW, inline="default")
+        assert answer.taken is not None
+        assert (answer.taken.unit, answer.taken.losses) == ("b", 0)
+    f = ledger.complete("r", answer.taken, "succeeded", payload="1", how=HOW, inline="default").taken
+    assert f is not None
+    for _ in range(2):
+        answer = ledger.expand("r", f, 3, size=3, max_parallel=0, per=3, chunks=["[]"], how=HOW, inline="default")
+        assert answer.taken is not None
+        assert (answer.taken.unit, answer.taken.index) == ("f/0-3", 0)
+    item = answer.taken
+    for _ in range(2):
+        answer = ledger.complete("r", item, "succeeded", payload="1", how=HOW, inline="default")
+        assert answer.taken is not None
+        assert (answer.taken.unit, answer.taken.index, answer.taken.losses) == ("f/0-3", 1, 0)
+    assert states(ledger, "r")["f/0"] == "succeeded"
+    assert ledger.complete("r", item, "failed", how=OTHER, inline="default").verdict == "refused"
 
 
 def test_a_redelivered_chain_goes_on_at_its_first_unfinished_link(ledger: Ledger) -> None:
@@ -96,11 +120,11 @@ def test_an_unknown_run_is_told(ledger: Ledger) -> None:
 
 def test_a_join_fires_once_whatever_is_completed_twice(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b"), step("c", "a", "b"))
-    a, b = take(ledger, "r", "a"), take(ledger, "r", "b")
+    a, b = take(ledger, "r", "a"), take(ledger, "r", "b", how=OTHER)
     assert ledger.complete("r", a, "succeeded", how=HOW, inline="").publish == ()
     assert ledger.complete("r", a, "succeeded", how=HOW, inline="").verdict == "done"
-    assert ledger.complete("r", b, "succeeded", how=HOW, inline="").publish == ("c",)
-    assert ledger.complete("r", b, "failed", how=HOW, inline="").verdict == "done"
+    assert ledger.complete("r", b, "succeeded", how=OTHER, inline="").publish == ("c",)
+    assert ledger.complete("r", b, "failed", how=OTHER, inline="").verdict == "done"
     assert states(ledger, "r")["b"] == "succeeded"
 
 
@@ -116,9 +140,9 @@ def test_a_takeover_raises_the_fence_and_refuses_who_was_before(ledger: Ledger) 
     first = take(ledger, "r", "a", how=BRIEF)
     time.sleep(0.005)  # the lease of 1 ms has run out
     # A message that comes again takes nothing over: only the sweep knows whether leases could be renewed.
-    assert ledger.begin("r", ["a"], HOW).verdict == "held"
+    assert ledger.begin("r", ["a"], OTHER).verdict == "held"
     assert ledger.sweep("r")[1] == ["a"]
-    second = take(ledger, "r", "a")
+    second = take(ledger, "r", "a", how=OTHER)
     assert second.fence > first.fence
     assert ledger.complete("r", first, "failed", how=HOW, inline="").verdict == "refused"
     assert ledger.complete("r", second, "succeeded", how=HOW, inline="").verdict == "ok"
@@ -138,7 +162,7 @@ def test_a_lease_that_was_given_up_is_the_holders_again_if_nobody_took_over(ledg
     time.sleep(0.005)
     assert ledger.sweep("r")[1] == ["a"]
     assert ledger.renew([("r", "a", taken.fence)]) == set()
-    assert ledger.begin("r", ["a"], HOW).verdict == "held"  # the message that the sweep had published
+    assert ledger.begin("r", ["a"], OTHER).verdict == "held"  # the message that the sweep had published
     assert ledger.sweep("r", 0)[1] == []
     ledger.complete("r", taken, "succeeded", how=HOW, inline="")
     assert ledger.renew([("r", "a", taken.fence)]) == set()  # too late: it has ended
@@ -151,7 +175,7 @@ def test_a_part_that_was_given_up_is_the_holders_again_only_for_the_item_in_work
     time.sleep(0.005)
     assert ledger.sweep("r")[1] == [part.unit]
     assert ledger.renew([("r", part.unit, part.fence)]) == set()
-    assert ledger.begin("r", [part.unit], HOW).verdict == "held"
+    assert ledger.begin("r", [part.unit], OTHER).verdict == "held"
     ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="")  # draining: the rest goes back
     assert ledger.renew([("r", part.unit, part.fence)]) == set()
     assert take(ledger, "r", part.unit).index == 1
@@ -557,14 +581,15 @@ def test_any_graph_ends_as_documented(
     queue, ended, begun = list(plan.roots), 0, []
     while queue:
         unit = queue.pop(chance.randrange(len(queue)))
-        answer = ledger.begin(run, [unit], HOW)
+        how = How(f'{{"worker":"{uuid.uuid4().hex}"')
+        answer = ledger.begin(run, [unit], how)
         if chance.random() < 0.2:
             queue.append(unit)  # delivered twice
         while answer.taken is not None and answer.taken.unit != END:
             taken = answer.taken
             begun.append(taken.step)
-            how = "default" if inline and chance.random() < 0.7 else ""
-            answer = ledger.complete(run, taken, outcome[taken.step], how=HOW, inline=how)
+            pool = "default" if inline and chance.random() < 0.7 else ""
+            answer = ledger.complete(run, taken, outcome[taken.step], how=how, inline=pool)
             queue += answer.publish
         ended += answer.taken is not None
     assert ended == 1
@@ -619,7 +644,10 @@ def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed
         unit = queue.pop(chance.randrange(len(queue)))
         if chance.random() < 0.2:
             continue  # the message is lost
-        answer = ledger.begin(run, [unit], BRIEF)
+        how = How(f'{{"worker":"{uuid.uuid4().hex}"', lease_ms=1)
+        answer = ledger.begin(run, [unit], how)
+        if chance.random() < 0.1:
+            answer = ledger.begin(run, [unit], how)  # the answer was lost
         if chance.random() < 0.1:
             queue.append(unit)  # and this one is delivered twice
         while answer.taken is not None and chance.random() > 0.05:  # or the process dies with what it has taken
@@ -634,10 +662,13 @@ def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed
                 parallel = plan.steps[taken.step].max_parallel or 0
                 answer = ledger.expand(
                     run, taken, len(foreach), size=1 if parallel else chance.randint(1, 4), max_parallel=parallel,
-                    per=100, chunks=["[]"], how=BRIEF, inline=inline,
+                    per=100, chunks=["[]"], how=how, inline=inline,
                 )  # fmt: skip
             else:
-                answer = ledger.complete(run, taken, "succeeded", payload="1", how=BRIEF, inline=inline)
+                answer = ledger.complete(run, taken, "succeeded", payload="1", how=how, inline=inline)
+                if chance.random() < 0.1:
+                    publish(answer.publish)  # in truth, the rescuer
+                    answer = ledger.complete(run, taken, "succeeded", payload="1", how=how, inline=inline)
             if chance.random() < 0.1:
                 break  # it dies before it has published
             publish(answer.publish)

@@ -528,12 +528,14 @@ def test_leases_that_ran_out_while_nobody_looked_are_left_to_the_living_for_a_wh
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.rescuer._GRACE_MS", 1500)
+    rescuer = Rescuer(engine)
+    rescuer.round()
     engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=(step("a"),))))
     assert engine.start("r", plan, event={}, params={})
     taken = engine.ledger.begin("r", ["a"], How('{"worker":"w"', lease_ms=1)).taken
     assert taken is not None
-    rescuer = Rescuer(engine)
     began = time.monotonic()
+    rescuer._seen_ms -= 60_000  # as if nobody had seen the server for a minute
     assert rescuer.round() == 0  # the lease has run out, but its holder may have been kept from renewing it
     assert engine.ledger.renew([("r", "a", taken.fence)], lease_ms=1) == set()
     wait_until(rescuer.round, "nobody has renewed it", 10)
