@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import warnings
@@ -97,6 +98,8 @@ def _prepare_children(
 ) -> None:
     def begin(**_: Any) -> None:
         capture.install()
+        # A step may start processes of its own, which multiprocessing would refuse in a daemon.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.
         logging.getLogger("celery.app.trace").addFilter(lambda record: record.msg != LOG_REJECTED.strip())
         engine, slot = Engine(settings, app=app), int(current_process().index)

@@ -30,8 +30,8 @@ def examine(settings: Settings, *, show_secrets: bool = False) -> dict[str, Any]
     try:
         settings = with_servers(settings)
         engine = Engine(settings, patience_s=0.0)
-        up = engine.ledger.is_up()
-        check("ledger", "answers" if up else "does not answer; run `orchestrator up`, or start it", ok=up)
+        refusal = engine.ledger.refusal()
+        check("ledger", refusal or "answers", ok=not refusal)
         try:
             engine.app.connection_for_write().ensure_connection(max_retries=1, timeout=3)
             check("broker", "answers", ok=True)

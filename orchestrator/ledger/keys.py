@@ -45,6 +45,8 @@ EVENTS = f"{PREFIX}:events"
 SET_ASIDE = f"{PREFIX}:set-aside"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
+#: Written to see whether the server takes writes; gone at once.
+PROBE = f"{PREFIX}:probe"
 
 
 def leader_key(role: str) -> str:

@@ -520,11 +520,21 @@ class Ledger:
             self._guard(lambda: self.client.hdel(keys.marks_key(source), *gone))
 
     def is_up(self) -> bool:
-        """Tell whether the server answers."""
+        """Tell whether the server answers; a refusal is an answer (its disk may be full), and it can be read."""
         try:
             return bool(self.client.ping())
+        except redis.ResponseError:
+            return True
         except redis.RedisError:
             return False
+
+    def refusal(self) -> str:
+        """Say why the server cannot be used, as it is away or takes no writes; empty if it can."""
+        try:
+            self._guard(lambda: self.client.set(keys.PROBE, "1", px=1))
+        except UnavailableError as exc:
+            return str(exc)
+        return ""
 
     def trim(self, before_ms: int) -> list[str]:
         """Take runs and events older than that off the indexes; answers the runs (some may still be in flight)."""

@@ -77,6 +77,14 @@ def spoil(values, item, event_data, context):
     values.clear(); item.clear(); event_data.clear(); context.event.data.clear()
     return before
 
+def square(number):
+    return number * number
+
+def squares_in_processes(numbers):
+    import multiprocessing
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(square, numbers)
+
 def talk_in_threads():
     import concurrent.futures
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -12,6 +12,7 @@ import redis
 
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import EVENT_QUEUE
+from orchestrator.cli.doctor import examine
 from orchestrator.dispatcher import Dispatcher, file_source, manual_event
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
@@ -109,3 +110,16 @@ def test_a_run_is_started_whole_or_not_at_all(own: Engine, refuse: Callable[[boo
     assert dispatcher.dispatch(event)["w"].startswith("started run")
     (run,) = own.ledger.active()
     assert own.ledger.client.hget(keys.run_key(run, "run"), "state") == "queued"
+
+
+def test_doctor_says_that_the_server_refuses_and_what_is_there_can_be_read(
+    own: Engine, refuse: Callable[[bool], None]
+) -> None:
+    settings = own.settings
+    assert {check["name"]: check["ok"] for check in examine(settings)["checks"]}["ledger"]
+    refuse(True)
+    (found,) = [check for check in examine(settings)["checks"] if check["name"] == "ledger"]
+    assert not found["ok"]
+    assert "cannot be used" in found["detail"]
+    assert own.ledger.is_up()
+    assert own.ledger.active() == []

@@ -221,6 +221,10 @@ def test_threads_of_a_step_and_bytes_are_captured_too(place: Place) -> None:
     assert sorted(text.splitlines()) == ["bytes", "from", "threads"]
 
 
+def test_a_step_may_use_processes_of_its_own(place: Place) -> None:
+    assert place.run(workflow(step("s", "squares_in_processes", with_={"numbers": [1, 2, 3]}))).output == [1, 4, 9]
+
+
 def test_captured_text_is_bounded_and_says_so(place: Place) -> None:
     run = place.run(workflow(step("t", "chatter", with_={"characters": 200_000})))
     ((_, _, text),) = place.queries.logs(run.id)
