@@ -78,6 +78,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A server of the test's own, which it may stop or make refuse."""
+    directory = tmp_path / "own-server"
+    directory.mkdir()
+    made = Server(directory)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
 def settings(server: Server, tmp_path: Path) -> Settings:
     """Settings on an empty server, with a project directory of the test's own."""
     client = redis.Redis.from_url(server.url)

@@ -113,20 +113,10 @@ def test_whatever_a_step_raises_is_its_failure(place: Place) -> None:
 
 
 @pytest.fixture
-def ledger_server(tmp_path: Path) -> Iterator[Server]:
-    directory = tmp_path / "ledger"
-    directory.mkdir()
-    made = Server(directory)
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def apart(settings: Settings, ledger_server: Server) -> Iterator[Engine]:
+def apart(settings: Settings, own_server: Server) -> Iterator[Engine]:
     """An engine whose ledger and broker are two servers, with the tasks in its project."""
     (settings.project / "tasks.py").write_text(TASKS)
-    made = Engine(settings.evolve(ledger_url=ledger_server.url), patience_s=2.0)
+    made = Engine(settings.evolve(ledger_url=own_server.url), patience_s=2.0)
     yield made
     made.close()
 
@@ -159,15 +149,15 @@ def _start(engine: Engine, *steps: Step) -> str:
 
 
 def test_a_message_is_not_lost_to_a_ledger_that_refuses(
-    apart: Engine, ledger_server: Server, start_worker: Callable[..., WorkerProcess]
+    apart: Engine, own_server: Server, start_worker: Callable[..., WorkerProcess]
 ) -> None:
     run = _start(apart, step("a", with_={"value": 1}))
-    _refuse(ledger_server, refuses=True)
+    _refuse(own_server, refuses=True)
     worker = WorkerProcess(apart.settings).start()
     try:
         wait_until(lambda: "step_waits" in worker.log.read_text(), "the message was taken")
         time.sleep(3)  # it is tried again
-        _refuse(ledger_server, refuses=False)
+        _refuse(own_server, refuses=False)
         assert _end(apart, run, 15).output == 1
         assert "Traceback" not in worker.log.read_text()
     finally:
@@ -176,7 +166,7 @@ def test_a_message_is_not_lost_to_a_ledger_that_refuses(
 
 @pytest.mark.parametrize("how", REFUSALS)
 def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(
-    apart: Engine, ledger_server: Server, tmp_path: Path, how: str
+    apart: Engine, own_server: Server, tmp_path: Path, how: str
 ) -> None:
     gate, record = tmp_path / "gate", tmp_path / "record"
     run = _start(
@@ -187,9 +177,9 @@ def test_an_outcome_is_not_lost_to_a_ledger_that_refuses(
     worker = WorkerProcess(apart.settings).start()
     try:
         wait_until(lambda: apart.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
-        _refuse(ledger_server, how, refuses=True)
+        _refuse(own_server, how, refuses=True)
         wait_until(lambda: "step_waits" in worker.log.read_text(), "the step has ended")
-        _refuse(ledger_server, how, refuses=False)
+        _refuse(own_server, how, refuses=False)
         gate.touch()
         assert _end(apart, run, 15).state is RunState.SUCCEEDED
         assert len(record.read_text().splitlines()) == 1
@@ -381,16 +371,16 @@ def test_a_bad_run_does_not_end_the_care_for_the_others(engine: Engine, settings
 
 @pytest.mark.parametrize("how", REFUSALS)
 def test_a_worker_outlives_a_server_that_refuses_writes(
-    ledger_server: Server, settings: Settings, tmp_path: Path, how: str
+    own_server: Server, settings: Settings, tmp_path: Path, how: str
 ) -> None:
     """Broker and ledger refuse, also while the worker starts; then both take up again what was there."""
     (settings.project / "tasks.py").write_text(TASKS)
-    engine = Engine(settings.evolve(ledger_url=ledger_server.url, broker_url=ledger_server.url), patience_s=2.0)
+    engine = Engine(settings.evolve(ledger_url=own_server.url, broker_url=own_server.url), patience_s=2.0)
     run = _start(engine, step("a", with_={"value": 1}))
-    client = redis.Redis.from_url(ledger_server.url)
+    client = redis.Redis.from_url(own_server.url)
 
     def refuse(*, refuses: bool) -> None:
-        _refuse(ledger_server, how, refuses=refuses)
+        _refuse(own_server, how, refuses=refuses)
 
     refuse(refuses=True)
     worker = WorkerProcess(engine.settings).start()

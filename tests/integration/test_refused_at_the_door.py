@@ -26,16 +26,6 @@ WORKFLOW = Workflow(name="w", steps=(Step(id="a", task="tasks:f"),))
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
-    directory = tmp_path / "own"
-    directory.mkdir()
-    made = Server(directory)
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
 def own(settings: Settings, own_server: Server) -> Iterator[Engine]:
     made = Engine(settings.evolve(broker_url=own_server.url, ledger_url=own_server.url), patience_s=0.0)
     yield made
