@@ -27,7 +27,7 @@ app.conf.update(
 
 
 def _write(word: str, key: str) -> None:
-    os.write(_RECORD, f"{word} {key} 1 {os.getpid()} {time.monotonic():.6f}\n".encode())
+    os.write(_RECORD, f"\n{word} {key} 1 {os.getpid()} {time.monotonic():.6f} .\n".encode())
     os.fsync(_RECORD)
 
 

@@ -44,7 +44,10 @@ def parse(lines: Iterable[str]) -> dict[str, dict[str, list[Execution]]]:
     """Read the record: run -> slot -> its executions, in order of their beginning."""
     found: dict[str, dict[str, list[Execution]]] = {}
     for line in lines:
-        word, key, attempt, pid, moment = line.split()
+        fields = whole(line)
+        if fields is None:
+            continue
+        word, key, attempt, pid, moment = fields
         run, _, slot = key.partition("/")
         executions = found.setdefault(run, {}).setdefault(slot, [])
         if word == "begin":
@@ -57,6 +60,12 @@ def parse(lines: Iterable[str]) -> dict[str, dict[str, list[Execution]]]:
         else:
             raise ValueError(f"an end without a beginning in the record: {line!r}")
     return found
+
+
+def whole(line: str) -> list[str] | None:
+    """Return the fields of a line of the record; None of what a kill in the middle of a write has left, and of nothing."""
+    *fields, end = line.split() or [""]
+    return fields if len(fields) == 5 and end == "." else None
 
 
 class Journal:
@@ -107,8 +116,10 @@ class Tail:
         lines = text.split(b"\n")
         self._rest = lines.pop()
         for line in lines:
-            word, _, _, pid, moment = line.decode().split()
-            self._last[int(pid)] = (word, float(moment))
+            fields = whole(line.decode())
+            if fields is not None:
+                word, _, _, pid, moment = fields
+                self._last[int(pid)] = (word, float(moment))
         now = time.monotonic()
         inside = {pid for pid, (word, _) in self._last.items() if word == "begin"}
         recent = {pid for pid, (_, moment) in self._last.items() if now - moment < within_s}

@@ -28,7 +28,8 @@ RECORD = os.open(Path(__file__).resolve().parent.parent / "record", os.O_APPEND 
 
 
 def write(word, context):
-    line = f"{word} {context.idempotency_key} {context.attempt} {os.getpid()} {time.monotonic():.6f}\\n"
+    # A kill may tear a write: a whole line has its end, and begins on its own.
+    line = f"\\n{word} {context.idempotency_key} {context.attempt} {os.getpid()} {time.monotonic():.6f} .\\n"
     os.write(RECORD, line.encode())
     os.fsync(RECORD)
 

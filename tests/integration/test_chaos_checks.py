@@ -120,5 +120,10 @@ def test_recovery_is_from_the_kill_to_the_next_start() -> None:
     lines = ["begin r/a 1 10 1.0", "end r/a 1 10 1.1", "begin r/b 1 10 1.2", "begin s/a 1 11 1.3", "end s/a 1 11 1.4"]
     lines += ["begin r/b 1 12 3.5", "end r/b 1 12 3.6", "begin s/b 1 12 5.5"]
     harms = [Harm(1.5, "kill", "child", 10), Harm(1.5, "kill", "worker", 9, (11,)), Harm(3.0, "kill", "server", 1)]
-    found = [(one.of, one.run, round(one.seconds, 3)) for one in measure(parse(lines), harms)]
+    found = [(one.of, one.run, round(one.seconds, 3)) for one in measure(parse(f"{line} ." for line in lines), harms)]
     assert found == [("body", "r", 2.0), ("run", "s", 4.0), ("all", "", 0.5)]
+
+
+def test_a_line_that_a_kill_has_torn_is_no_line() -> None:
+    torn = ["", "begin r/a 1 10 1.0 .", "begin r/b 1 1", "end r/a 1 10 1.1 .", "begin r/c 1 10 1.2", "."]
+    assert {slot: [one.end for one in runs] for slot, runs in parse(torn)["r"].items()} == {"a": [1.1]}
