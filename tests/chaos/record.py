@@ -63,7 +63,7 @@ def parse(lines: Iterable[str]) -> dict[str, dict[str, list[Execution]]]:
 
 
 def whole(line: str) -> list[str] | None:
-    """Return the fields of a line of the record; None of what a kill in the middle of a write has left, and of nothing."""
+    """Return the fields of a line of the record; None of one that a kill has torn."""
     *fields, end = line.split() or [""]
     return fields if len(fields) == 5 and end == "." else None
 
