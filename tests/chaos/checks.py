@@ -121,13 +121,11 @@ def check_outcomes(seen: Evidence) -> list[str]:
 def blame(earlier: Execution, later: Execution, harms: Iterable[Harm]) -> str:
     """Say what made a body run again: a harm to its process or the server, else `lease`.
 
-    The one that began later may be the one that was taken first: by a process that was stopped in between.
+    A process that was stopped begins when it goes on what it had taken before; the other may have begun before or after.
     """
     harms = list(harms)
     for harm in harms:
-        if harm.hit(earlier.pid, earlier.begin, later.begin) or harm.hit(
-            later.pid, later.begin - _AWAKE_S, later.begin
-        ):
+        if any(harm.hit(one.pid, one.begin - _AWAKE_S, later.begin) for one in (earlier, later)):
             return f"{harm.what} {harm.target}"
     if any(h.target == "server" and earlier.begin - 1 <= h.at <= later.begin for h in harms):
         return "server"

@@ -127,3 +127,10 @@ def test_recovery_is_from_the_kill_to_the_next_start() -> None:
 def test_a_line_that_a_kill_has_torn_is_no_line() -> None:
     torn = ["", "begin r/a 1 10 1.0 .", "begin r/b 1 1", "end r/a 1 10 1.1 .", "begin r/c 1 10 1.2", "."]
     assert {slot: [one.end for one in runs] for slot, runs in parse(torn)["r"].items()} == {"a": [1.1]}
+
+
+def test_what_a_stopped_process_had_taken_before_is_blamed_on_the_stop() -> None:
+    asleep = [Harm(1.0, "stop", "family", 10, (11,), until=14.0)]
+    by_sleeper, by_other = Execution("a", 1, 11, 14.01), Execution("a", 1, 20, 14.02)
+    assert checks.blame(by_sleeper, by_other, asleep) == checks.blame(by_other, by_sleeper, asleep) == "stop family"
+    assert checks.blame(Execution("a", 1, 12, 14.01), by_other, asleep) == "lease"
