@@ -121,7 +121,7 @@ def check_outcomes(seen: Evidence) -> list[str]:
 def blame(earlier: Execution, later: Execution, harms: Iterable[Harm]) -> str:
     """Say what made a body run again: a harm to its process or the server, else `lease`.
 
-    A process that was stopped begins when it goes on what it had taken before; the other may have begun before or after.
+    A process that was stopped begins, when it goes on, what it had taken before; another may be at it by then.
     """
     harms = list(harms)
     for harm in harms:

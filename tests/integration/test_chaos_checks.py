@@ -84,7 +84,7 @@ def test_a_body_that_ran_again_needs_a_loss_and_somebody_to_blame() -> None:
     killed = Harm(7.5, "kill", "child", 10)
     assert checks.check_unblamed(replace(again, harms=[killed])) == []
     # Another process, another time, a stop that was over: none of these is to blame.
-    for harm in (replace(killed, pid=9), replace(killed, at=20.5), Harm(1.0, "stop", "child", 10, until=6.0)):
+    for harm in (replace(killed, pid=9), replace(killed, at=20.5), Harm(1.0, "stop", "child", 10, until=4.5)):
         assert checks.check_unblamed(replace(again, harms=[harm])), harm
     family = Harm(7.5, "stop", "family", 9, (10, 12), until=9.0)
     assert checks.check_unblamed(replace(again, harms=[family])) == []
