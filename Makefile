@@ -45,7 +45,7 @@ format: $(BIN)/.installed ## Format the code
 check: lint test ## Lint and test
 
 bench: $(BIN)/.installed ## Compare with plain Celery on the same server
-	$(BIN)/python tests/benchmarks/bench.py
+	$(BIN)/python tests/benchmarks/bench.py $(BENCH_OPTIONS)
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
