@@ -16,6 +16,7 @@ from orchestrator.bus import EventBus
 from orchestrator.celery_app import make_app
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
+from orchestrator.errors import NotFoundError
 from orchestrator.ledger import keys
 from orchestrator.ledger.queries import Queries
 from orchestrator.settings import Settings
@@ -113,7 +114,10 @@ class Place:
 
     def all_ended(self, count: int) -> Callable[[], bool]:
         def look() -> bool:
-            runs = self.runs()
+            try:
+                runs = self.runs()
+            except NotFoundError:  # it is just being written
+                return False
             return len(runs) == count and all(str(run.state) == "succeeded" for run in runs)
 
         return look

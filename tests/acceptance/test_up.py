@@ -347,7 +347,9 @@ def test_a_server_that_reads_its_data_is_waited_for(make_up: MakeUp, monkeypatch
     part.process.kill()
     part.process.wait()
     assert part.output is not None
+    assert part.shares is not None
     part.output.close()
+    part.shares.close()
     assert took > 1.5
 
 
