@@ -87,11 +87,12 @@ class Engine:
         return started
 
     def tell_parent(self, run: str, parent: str) -> None:
-        """Tell the step that waits for this nested run, which has ended, how; idempotent.
+        """Tell the step that waits for this run, which has ended, how; then the run is in flight no more. Idempotent.
 
-        `parent` is the JSON that the run was started with: run, step, index.
+        `parent` is the JSON that a nested run was started with: run, step, index; empty if nobody waits.
         """
         if not parent:
+            self.ledger.close(run)
             return
         where = json.loads(parent)
         state, output, error = self.ledger.outcome(run)
@@ -135,8 +136,6 @@ class Engine:
         done, parent = self.ledger.give_up(run, {"type": "RunLost", "message": reason})
         if done:
             self.tell_parent(run, parent)
-            if not parent:
-                self.ledger.close(run)
 
     def housekeep(self) -> None:
         """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""

@@ -423,8 +423,6 @@ class StepRunner:
         verdict, parent = self._ledger.finish(info.id, taken, state, payload=payload, error=error)
         if verdict == "ok":
             self._engine.tell_parent(info.id, parent)
-            if not parent:
-                self._ledger.close(info.id)
         self._runs.pop(info.id, None)
         return Answer(verdict)
 

@@ -45,6 +45,13 @@ end
 
 local function hold(unit, fence, k, hi) call('HSET', UNITS, unit, int(fence) .. ':' .. int(k) .. ':' .. int(hi)) end
 
+local function slot_of(unit) -- what of a unit is in work: the step, or the item of a header part
+  local step, lo = split(unit)
+  if not lo then return step end
+  local _, k = held(unit)
+  return step .. '/' .. int(k)
+end
+
 local function new_part(step, lo, hi) -- a header part that nobody has begun: fence 0
   local unit = step .. '/' .. int(lo) .. '-' .. int(hi)
   hold(unit, 0, lo, hi)
@@ -269,9 +276,7 @@ function verbs.refuse()
 end
 
 local function took(unit, how) -- whether the process that asks is the one that has taken this unit
-  local step, lo = split(unit)
-  local _, k = held(unit)
-  return string.sub(last_record(lo and (step .. '/' .. int(k)) or step), 1, #how[2]) == how[2]
+  return string.sub(last_record(slot_of(unit)), 1, #how[2]) == how[2]
 end
 
 -- What this process has taken: a process asks for more only if it runs nothing, so an answer to it was lost.
@@ -440,11 +445,9 @@ function verbs.clear()
 end
 
 local function lose(unit) -- whoever ran this unit is gone: it is to be published again, and the loss is counted
-  local step, lo = split(unit)
-  local _, k = held(unit)
   call('ZREM', LEASES, unit)
   call('ZADD', OUTBOX, NOW, unit)
-  call('HINCRBY', ATTEMPTS, (lo and (step .. '/' .. int(k)) or step) .. '#l', 1)
+  call('HINCRBY', ATTEMPTS, slot_of(unit) .. '#l', 1)
 end
 
 -- What of a run changes whenever something is taken or published, and the plan; '' unless it is in flight with nothing
@@ -503,9 +506,7 @@ function verbs.limbo()
 end
 
 local function is_begun(unit) -- and neither ended nor handed on, to its items or to a nested run
-  local step, lo = split(unit)
-  local _, k = held(unit)
-  local slot = lo and (step .. '/' .. int(k)) or step
+  local slot = slot_of(unit)
   local fields = call('HMGET', STATES, slot, 'n:' .. slot, 'w:' .. slot)
   return fields[1] == 'running' and not fields[2] and not fields[3]
 end

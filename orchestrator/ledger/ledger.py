@@ -10,7 +10,6 @@ then UnavailableError.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,9 +52,8 @@ _REFUSAL = re.compile(r"(?:^|caused error: )(?:MISCONF|NOREPLICAS|BUSY) ")
 
 
 @lru_cache(maxsize=1)
-def _script() -> tuple[str, str]:
-    text = resources.files("orchestrator.ledger").joinpath("ledger.lua").read_text()
-    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+def _text() -> str:
+    return resources.files("orchestrator.ledger").joinpath("ledger.lua").read_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,41 +141,28 @@ class Ledger:
 
     def __init__(self, client: Any, *, retention_s: int = 30 * 86400) -> None:
         self.client = client
+        self._script = client.register_script(_text())
         self.retention_s = retention_s
 
     def _call(self, run: str, *argv: str | int) -> Any:
-        text, sha = _script()
-        run_keys = keys.run_keys(run)
-
-        def call() -> Any:
-            return self.client.evalsha(sha, len(run_keys), *run_keys, *argv)
-
-        def call_or_load() -> Any:
-            try:
-                return call()
-            except redis.exceptions.NoScriptError:
-                self.client.script_load(text)
-                return call()
-
-        return self._guard(call_or_load)
+        return self._guard(lambda: self._script(keys=keys.run_keys(run), args=argv))
 
     def _call_many(self, calls: Sequence[tuple[str, tuple[str | int, ...]]]) -> list[Any]:
         """Call verbs on many runs in one round trip; only those that a repeat does not harm.
 
         The answer is None where a run is so broken that the verb fails on it: it is logged, and harms no other.
         """
-        text, sha = _script()
 
         def execute() -> list[Any]:
             with self.client.pipeline(transaction=False) as pipe:
                 for run, argv in calls:
                     run_keys = keys.run_keys(run)
-                    pipe.evalsha(sha, len(run_keys), *run_keys, *argv)
+                    pipe.evalsha(self._script.sha, len(run_keys), *run_keys, *argv)
                 return list(pipe.execute(raise_on_error=False))
 
         answers = self._guard(execute)
         if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
-            self._guard(lambda: self.client.script_load(text))
+            self._guard(lambda: self.client.script_load(self._script.script))
             answers = self._guard(execute)
         for n, answer in enumerate(answers):
             if isinstance(answer, redis.RedisError):
