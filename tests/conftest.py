@@ -118,6 +118,16 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "orchestrator", *arguments]
 
 
+def on_servers(settings: Settings, **extra: str) -> dict[str, str]:
+    """Return the environment for a role on the servers of `settings`."""
+    return environment(
+        ORCHESTRATOR_BROKER_URL=settings.broker_url,
+        ORCHESTRATOR_LEDGER_URL=settings.ledger_url,
+        ORCHESTRATOR_DATA_DIR=str(settings.data_dir),
+        **extra,
+    )
+
+
 class WorkerProcess:
     """A real worker process for a project, on the settings' servers."""
 
@@ -132,12 +142,7 @@ class WorkerProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command("worker", "--project", str(self._settings.project), *self._arguments),
-                env=environment(
-                    ORCHESTRATOR_BROKER_URL=self._settings.broker_url,
-                    ORCHESTRATOR_LEDGER_URL=self._settings.ledger_url,
-                    ORCHESTRATOR_DATA_DIR=str(self._settings.data_dir),
-                    **self._env,
-                ),
+                env=on_servers(self._settings, **self._env),
                 stdout=log,
                 stderr=log,
             )

@@ -18,8 +18,8 @@ import redis
 
 from orchestrator.brokers.claims import UNACKED
 from orchestrator.embedded import EmbeddedServer
-from orchestrator.ledger import keys
 from tests.acceptance.rabbitmq import RabbitMQ, is_missing, is_required
+from tests.chaos.processes import is_ready
 from tests.conftest import Server, command, environment, wait_until, write_project
 
 
@@ -49,16 +49,7 @@ class Up:
     def is_ready(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.text()
-        url = EmbeddedServer.url_of(self.data_dir)
-        if url is None:
-            return False
-        client = redis.Redis.from_url(url, socket_timeout=2)
-        try:
-            return bool(client.exists(keys.WORKFLOWS))
-        except redis.RedisError:
-            return False
-        finally:
-            client.close()
+        return is_ready(self.data_dir)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None

@@ -30,7 +30,7 @@ from orchestrator.settings import Settings
 from orchestrator.workflows import Step, Workflow
 from tests.acceptance.conftest import Broker, settle
 from tests.acceptance.proxy import Proxy
-from tests.conftest import WorkerProcess, command, environment, wait_until, write_project
+from tests.conftest import WorkerProcess, command, on_servers, wait_until, write_project
 
 #: What G5 promises, and what a busy machine may add.
 RECOVERY_S, SLACK_S = 15.0, 5.0
@@ -150,11 +150,7 @@ class Scene:
         with (self.folder / "dispatcher.log").open("ab") as log:
             self._dispatcher = subprocess.Popen(
                 command("dispatcher", "--project", str(settings.project)),
-                env=environment(
-                    ORCHESTRATOR_BROKER_URL=self._settings.broker_url,
-                    ORCHESTRATOR_LEDGER_URL=self._settings.ledger_url,
-                    ORCHESTRATOR_DATA_DIR=str(self._settings.data_dir),
-                ),
+                env=on_servers(self._settings),
                 stdout=log,
                 stderr=log,
             )
