@@ -184,8 +184,8 @@ def check_queues(engine: Engine, patience_s: float = 60.0) -> list[str]:
 def _left_over(client: Any) -> list[str]:
     wrong = []
     for key in client.scan_iter("orchestrator.*", count=1000, _type="list"):
-        if not key.endswith(".bell"):
-            wrong.append(f"queue {key} has {client.llen(key)} messages: {client.lindex(key, 0)[:300]}")
+        if not key.endswith(".bell") and (first := client.lindex(key, 0)) is not None:  # None: it was taken just now
+            wrong.append(f"queue {key} has {client.llen(key)} messages: {first[:300]}")
     sizes: dict[str, Callable[[str], int]] = {"hash": client.hlen, "zset": client.zcard}
     for key in (UNACKED, UNACKED_INDEX):
         kind = client.type(key)

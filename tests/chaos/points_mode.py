@@ -7,6 +7,7 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,7 @@ def _guarded(scenario: Scenario, base: Path) -> dict[str, Any]:
     try:
         return _Place(scenario, base).run()
     except Exception as exc:  # noqa: BLE001 -- the other points are to be reached all the same
-        faults = {"harness": [f"{type(exc).__name__}: {exc}"]}
+        faults = {"harness": ["".join(traceback.format_exception(exc))]}
         return {
             "name": scenario.name, "killed": "-", "next": None, "end": None, "ok": False, "bodies": 0, "repeated": {},
             "kills": {}, "faults": faults,
