@@ -7,6 +7,7 @@ the outbox. A process that dies in between leaves rows in the outbox, and `repai
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -16,13 +17,18 @@ from celery import Celery
 
 from orchestrator import canvas
 from orchestrator.celery_app import broker_errors, make_app
+from orchestrator.deadletters import DeadLetters
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
+from orchestrator.runs import RunState
 from orchestrator.settings import Settings, mask_url
 
+#: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published; this one comes with an end.
+CHORES = "!^"
+ENDED = "^ended"
 #: The id of a run is on the list of those in flight before the run is there: for no longer than this.
 _STARTING_MS = 600_000
 
@@ -36,9 +42,12 @@ class Engine:
         self.settings = settings
         self.app = make_app(settings) if app is None else app
         self.ledger = Ledger(
-            connect(settings.ledger_url, patience_s=patience_s, timeout_s=timeout_s), retention_s=settings.retention_s
+            connect(settings.ledger_url, patience_s=patience_s, timeout_s=timeout_s),
+            retention_s=settings.retention_s,
+            failed_retention_s=settings.dead_letters_retention_s,
         )
         self.payloads = Payloads(FileBlobs(settings.blobs_dir), inline_bytes=settings.payload_bytes)
+        self.dead_letters = DeadLetters(self.ledger, self.payloads, settings)
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 
     def close(self) -> None:
@@ -46,13 +55,29 @@ class Engine:
         self.ledger.client.close()
         self.app.close()
 
-    def publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
-        """Publish units that have become ready and clear them from the outbox.
+    def publish(self, run: str, rows: Sequence[str], *, plan: Plan | None = None) -> None:
+        """Publish units that have become ready, do the chores among the rows, and clear them from the outbox.
 
-        Raises UnavailableError if the broker is away: the units stay in the outbox, where `repair` finds them.
+        Raises UnavailableError if a server is away: the rows stay in the outbox, where `repair` finds them; NotFoundError
+        if the run's plan is gone. `plan` is that of the run, if it is at hand.
         """
-        if not units:
-            return
+        units = [row for row in rows if row[0] not in CHORES]
+        slots = [row[1:] for row in rows if row[0] == "!"]
+        if units:
+            self._publish(run, plan or self.plan(self.ledger.plan_of(run)), units)
+        if slots:
+            self.dead_letters.bury(run, slots)
+        for row in rows:
+            if row.startswith(("^cancel:", "^await:")):
+                self._see_to_child(run, row.partition(":")[2], cancel=row.startswith("^cancel:"))
+        is_ended = ENDED in rows
+        if is_ended:
+            self._tell_parent(run)
+        left = self.ledger.clear(run, rows)
+        if is_ended and not left:
+            self.ledger.close(run)
+
+    def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
         ready = canvas.ready(self.app, plan, run, units)
         try:
             canvas.publish(self.app, ready)
@@ -61,7 +86,6 @@ class Engine:
                 f"the broker at {mask_url(self.settings.broker_url)} cannot be used ({exc}); "
                 "start it, or set broker_url"
             ) from exc
-        self.ledger.clear(run, units)
 
     def start(
         self,
@@ -71,8 +95,13 @@ class Engine:
         event: Mapping[str, Any],
         params: Mapping[str, Any],
         parent: Mapping[str, Any] | None = None,
+        timeout_ms: int = 0,
     ) -> bool:
-        """Start a run and publish its first canvas; False if that run exists already. Idempotent by `run`."""
+        """Start a run and publish its first canvas; False if that run exists already. Idempotent by `run`.
+
+        `parent` (run, step, index, attempt) waits for it; with `timeout_ms` it may take no longer, nor than its workflow
+        says.
+        """
         started = self.ledger.start(
             run,
             plan,
@@ -81,61 +110,88 @@ class Engine:
             run_input=self.payloads.pack(params, f"runs/{run}/input"),
             created_ms=now_ms(),
             parent=parent,
+            timeout_ms=min(filter(None, (timeout_ms, plan.timeout_ms)), default=0),
         )
         if started:
-            self.publish(run, plan, plan.roots)
+            self.publish(run, plan.roots, plan=plan)
         return started
 
-    def tell_parent(self, run: str, parent: str) -> None:
-        """Tell the step that waits for this run, which has ended, how; then the run is in flight no more. Idempotent.
+    def cancel(self, run: str) -> bool:
+        """Cancel a run and the runs nested in it: what has not begun never will, what is in work is told to stop.
 
-        `parent` is the JSON that a nested run was started with: run, step, index; empty if nobody waits.
+        Durable once this has returned, and idempotent; False if it has ended or is being cancelled already.
+        Raises NotFoundError.
         """
-        if not parent:
-            self.ledger.close(run)
+        self.ledger.plan_of(run)
+        answer = self.ledger.cancel(run)
+        self.publish(run, answer.publish)
+        return answer.verdict == "ok"
+
+    def fire(self, run: str) -> int:
+        """Take up what in a run waited for a time that has come; answers how much is published. Idempotent."""
+        rows = self.ledger.fire(run)
+        self.publish(run, rows)
+        return len(rows)
+
+    def _tell_parent(self, run: str) -> None:
+        """Tell the step that waits for this run, which has ended, how; idempotent."""
+        parent = self.ledger.parent_of(run)
+        if parent:
+            where = json.loads(parent)
+            self._resolve(where["run"], where["step"], where["index"], where["attempt"], run)
+
+    def _see_to_child(self, run: str, slot: str, *, cancel: bool) -> None:
+        """Look after the nested run that a slot waits for: cancel it, or take note if it has ended."""
+        child = self.ledger.child_of(run, slot)
+        if not child:
             return
-        where = json.loads(parent)
-        state, output, error = self.ledger.outcome(run)
-        tail = f',"run":{json.dumps(run)}'
+        state = self.ledger.outcome(child)[0]
+        if state and not RunState(state).is_end:
+            if cancel:
+                self.cancel(child)
+            return
+        step, _, index = slot.partition("/")
+        self._resolve(run, step, int(index or -1), self.ledger.attempts_of(run, slot)[0], child)
+
+    def _resolve(self, run: str, step: str, index: int, attempt: int, child: str) -> None:
+        """Record how the nested run of an attempt of a step has ended; a failure may be tried again."""
+        state, output, error = self.ledger.outcome(child)
+        tail, outcome, delay_ms, now = f',"run":{json.dumps(child)}', "succeeded", 0, 0
         if state != "succeeded":
-            reason = json.loads(error) if error else {"type": "Failed", "message": f"run {run} {state}"}
+            why = f"run {child} {state or 'is gone'}"
+            reason = json.loads(error) if error else {"type": "Failed", "message": why}
             tail += f',"error":{json.dumps(reason)}'
+            outcome, slot = "failed", step if index < 0 else f"{step}/{index}"
+            policy = self.plan(self.ledger.plan_of(run)).steps[step].retry
+            tries = self.ledger.attempts_of(run, slot)[1]
+            if policy is not None and state == "failed" and policy.may_retry(tries, [reason["type"]]):
+                outcome, now = "retrying", self.ledger.now_ms()
+                delay_ms = round(policy.delay_s(tries, random.random()) * 1000)  # noqa: S311 -- spreads load
         answer = self.ledger.resolve(
-            where["run"],
-            where["step"],
-            where["index"],
-            run,
-            "succeeded" if state == "succeeded" else "failed",
-            payload=output if state == "succeeded" else "",
-            tail=tail,
-        )
-        if answer.publish:
-            self.publish(where["run"], self.plan(self.ledger.plan_of(where["run"])), answer.publish)
-        if not self.ledger.clear(run, ["^parent"]):
-            self.ledger.close(run)
+            run, step, index, attempt, child, outcome,
+            payload=output if outcome == "succeeded" else "", tail=tail, now_ms=now, delay_ms=delay_ms,
+        )  # fmt: skip
+        self.publish(run, answer.publish)
 
     def repair(self, run: str, *, with_leases: bool = True) -> tuple[int, int]:
         """Publish again what a dead process left of this run: (units published, of which a worker was lost with).
 
-        Takes a run that has ended off the list of those in flight. `with_leases`: give up those that have run out.
+        Takes a run that has ended off the list of those in flight, and takes up what is overdue in others.
+        `with_leases`: give up those that have run out.
         """
         state, again, lost, left = self.ledger.sweep(run, with_leases=with_leases)
-        units = [unit for unit in again if unit != "^parent"]
-        if units:
-            self.publish(run, self.plan(self.ledger.plan_of(run)), units)
-        if "^parent" in again:
-            self.tell_parent(run, self.ledger.parent_of(run))
-        elif not state:
+        self.publish(run, again)
+        if not state:
             self.ledger.drop(run, now_ms() - _STARTING_MS)
-        elif state in ("succeeded", "failed", "cancelled") and not left:
+        elif not RunState(state).is_end:
+            self.fire(run)
+        elif not left:
             self.ledger.close(run)
-        return len(units), lost
+        return len(again), lost
 
     def give_up(self, run: str, reason: str) -> None:
         """End a run that cannot go on as failed, and tell the step that waits for it; idempotent."""
-        done, parent = self.ledger.give_up(run, {"type": "RunLost", "message": reason})
-        if done:
-            self.tell_parent(run, parent)
+        self.publish(run, self.ledger.give_up(run, {"type": "RunLost", "message": reason}))
 
     def housekeep(self) -> None:
         """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""

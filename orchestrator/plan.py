@@ -5,19 +5,20 @@ begins at it: the steps in a row, with one way in and one way out and of one poo
 carry. Where paths meet (joins) and part (forks) is left to the ledger, which knows only edges and counts: so a
 step starts as soon as its own upstream steps have ended, in graphs too that nested chains and chords cannot say.
 
-The node END (`$end`) follows all steps: it evaluates the run's output and ends the run.
+The node END (`$end`) follows all steps: it evaluates the run's output and says what the run comes to. Then those of
+`on_failure` (if it failed) and of `finally` run, each a graph of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from orchestrator.expressions import References, references
-from orchestrator.workflows import END, Step, TriggerRule, Workflow
+from orchestrator.workflows import DEFAULT_POOL, END, Phase, Step, TriggerRule, Workflow
 
 #: A chain message carries at most this many links, so that no message grows with the workflow.
 MAX_LINKS = 25
@@ -51,7 +52,7 @@ class Plan:
     @classmethod
     def _of_valid(cls, workflow: Workflow) -> Plan:
         steps = {step.id: step for step in workflow.steps}
-        upstream = {step.id: step.upstream() for step in workflow.steps}
+        upstream = {step.id: workflow.upstream_of(step) for step in workflow.steps}
         downstream: dict[str, list[str]] = {step_id: [] for step_id in steps}
         for step_id, above in upstream.items():
             for up in above:
@@ -77,38 +78,63 @@ class Plan:
         """Read what `to_json` wrote. The workflow was checked before it was stored and is not checked again."""
         return cls._of_valid(Workflow.from_json(json.loads(text)))
 
+    def of_phase(self, phase: Phase) -> tuple[str, ...]:
+        """Return the steps of a phase, in the order of the definition."""
+        return tuple(step_id for step_id, step in self.steps.items() if step.phase is phase)
+
+    @cached_property
+    def main(self) -> tuple[str, ...]:
+        """The steps that are no hooks."""
+        return self.of_phase(Phase.STEPS)
+
     @cached_property
     def roots(self) -> tuple[str, ...]:
-        """The steps that nothing is upstream of."""
-        return tuple(step_id for step_id in self.steps if not self.upstream[step_id])
+        """The steps, hooks apart, that nothing is upstream of."""
+        return tuple(step_id for step_id in self.main if not self.upstream[step_id])
 
     @cached_property
     def leaves(self) -> tuple[str, ...]:
-        """The steps that nothing is downstream of."""
-        return tuple(step_id for step_id in self.steps if not self.downstream[step_id])
+        """The steps, hooks apart, that nothing is downstream of."""
+        return tuple(step_id for step_id in self.main if not self.downstream[step_id])
 
     @cached_property
     def pools(self) -> frozenset[str]:
-        return frozenset(step.pool for step in self.steps.values())
+        return frozenset(self.pool(step_id) for step_id in self.steps)
+
+    @cached_property
+    def timeout_ms(self) -> int:
+        """How long an episode of a run may take; 0: as long as it likes."""
+        return round((self.workflow.timeout_s or 0) * 1000)
 
     def pool(self, step_id: str) -> str:
-        """Return the pool of a step; END, which any pool may take, is published to a root's."""
-        return self.steps[self.roots[0] if step_id == END else step_id].pool
+        """Return the pool of a step; END and steps that only wait, which any pool may take, go to the first there is."""
+        if step_id != END and not self.steps[step_id].is_wait:
+            return self.steps[step_id].pool
+        return next((step.pool for step in self.steps.values() if not step.is_wait), DEFAULT_POOL)
+
+    def closure(self, step_ids: Iterable[str]) -> set[str]:
+        """Return these steps and all that is downstream of them."""
+        found, stack = set(step_ids), list(step_ids)
+        while stack:
+            below = [step_id for step_id in self.downstream[stack.pop()] if step_id not in found]
+            found.update(below)
+            stack += below
+        return found
 
     def path(self, step_id: str) -> tuple[str, ...]:
         """Return the links that one chain message beginning at this step carries.
 
-        The path goes on while there is one way out and one way in, in the same pool. It ends at a fan-out and at a
-        nested workflow, whose end no link waits for, and after MAX_LINKS.
+        The path goes on while there is one way out and one way in, in the same pool. It ends at a fan-out, at a nested
+        workflow and at a wait, whose end no link waits for, and after MAX_LINKS.
         """
         path = [step_id]
         while step_id != END and len(path) < MAX_LINKS:
             step = self.steps[step_id]
             below = self.downstream[step_id]
-            if step.is_fan_out or step.workflow is not None or len(below) != 1:
+            if step.is_fan_out or step.workflow is not None or step.is_wait or len(below) != 1:
                 break
             (following,) = below
-            if len(self.upstream[following]) != 1 or self.steps[following].pool != step.pool:
+            if len(self.upstream[following]) != 1 or self.pool(following) != step.pool:
                 break
             path.append(following)
             step_id = following
@@ -139,24 +165,28 @@ class Plan:
 
     @cached_property
     def graph_rows(self) -> dict[str, str]:
-        """Per step, what the ledger needs of it, as JSON: [pool, rule, upstreams, [downstream], [read], flags].
+        """Per step, what the ledger needs of it, as JSON: [pool, rule, upstreams, [downstream], [read], flags, phase].
 
-        `read` names the steps whose output or state the step's expressions read; flags: f = fan-out.
+        `pool` is `*` where any may take it; `read` names the steps whose output or state the step's expressions read;
+        flags: f = fan-out; phase is empty for the main steps.
         """
         rows = {
             step_id: _dump(
                 [
-                    step.pool,
+                    "*" if step.is_wait else step.pool,
                     str(step.trigger_rule),
                     len(self.upstream[step_id]),
                     list(self.downstream[step_id]),
                     sorted(self.reads[step_id].step_ids),
                     "f" if step.is_fan_out else "",
+                    "" if step.phase is Phase.STEPS else str(step.phase),
                 ]
             )
             for step_id, step in self.steps.items()
         }
-        rows[END] = _dump(["*", str(TriggerRule.ALL_DONE), len(self.steps), [], sorted(self.reads[END].step_ids), ""])
+        rows[END] = _dump(
+            ["*", str(TriggerRule.ALL_DONE), len(self.main), [], sorted(self.reads[END].step_ids), "", ""]
+        )
         return rows
 
     def _reads_of_end(self) -> References:
@@ -170,9 +200,7 @@ class Plan:
         A failure is taken up by a step that ran downstream of it with `all_done` or `one_failed`, next to it or with
         only `upstream_failed` steps between.
         """
-        return [
-            step_id for step_id in self.steps if states[step_id] == "failed" and not self._taken_up(step_id, states)
-        ]
+        return [step_id for step_id in self.main if states[step_id] == "failed" and not self._taken_up(step_id, states)]
 
     def _taken_up(self, step_id: str, states: Mapping[str, str]) -> bool:
         stack, seen = [step_id], {step_id}

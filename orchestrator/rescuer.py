@@ -6,14 +6,10 @@ It looks at the runs in flight once a second and publishes again, under the same
 - was begun under a lease that has run out;
 - waits for a message that is lost: the run was idle, then its queue was seen empty, then the run was still as before.
 
-It also has the broker give back messages whose consumers are gone, when no worker is there to do it. Of several
-rescuers one leads, and another takes over within LEADER_MS; that two may do so for a moment does no harm.
+It also has the broker give back messages whose consumers are gone, when no worker is there to do it.
 """
 
 from __future__ import annotations
-
-import threading
-import uuid
 
 import structlog
 
@@ -21,13 +17,11 @@ from orchestrator.brokers import Broker, broker_of
 from orchestrator.celery_app import PRIORITIES, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import NotFoundError, OrchestratorError, UnavailableError
-from orchestrator.service import Service
-from orchestrator.telemetry import Outage
+from orchestrator.leading import LeadingService
 
 log = structlog.get_logger(__name__)
 
 PERIOD_S = 1.0
-_ROLE = "rescuer"
 _HOUSEKEEPING_ROUNDS = 600
 #: Runs looked at in one round trip.
 _BATCH = 200
@@ -37,17 +31,14 @@ _GAP_MS = 3_000
 _GRACE_MS = 4_000
 
 
-class Rescuer:
-    """The loop, in a thread of its own."""
+class Rescuer(LeadingService):
+    """The rescuer of all runs; of several processes one is at work."""
+
+    role = "rescuer"
 
     def __init__(self, engine: Engine) -> None:
-        # One of its own that waits for no server: else it would not know that one was away.
-        self._engine = Engine(engine.settings, app=engine.app, patience_s=0.0)
+        super().__init__(engine)
         self._broker: Broker = broker_of(engine.settings)
-        self._service = Service(_ROLE, self._loop)
-        self._outage = Outage(log, _ROLE)
-        self._me = uuid.uuid4().hex
-        self._leads = False
         self._rounds = 0
         #: Server's time of the last round, and until when leases that have run out are left alone.
         self._seen_ms = 0
@@ -56,42 +47,24 @@ class Rescuer:
         self._idle: dict[str, str] = {}
         self._content: dict[str, str] = {}
 
-    def start(self) -> None:
-        """Begin; returns at once. A second start does nothing."""
-        self._service.start()
-
     def stop(self) -> None:
-        """End; returns when the round in work is done. Another rescuer may lead at once."""
-        self._service.stop()
-        try:
-            self._engine.ledger.resign(_ROLE, self._me)
-        except UnavailableError:
-            log.info("lead_left_to_run_out")
-        self._engine.ledger.client.close()
+        super().stop()
         self._broker.close()
 
-    def _loop(self, stopping: threading.Event) -> None:
-        while not stopping.wait(PERIOD_S):
-            try:
-                self.round()
-                self._outage.ends()
-            except UnavailableError as exc:
-                self._outage.begins(exc)
-            except Exception:  # this loop owns the thread
-                log.exception("rescue_failed")
+    def turn(self) -> float:
+        self.round()
+        return PERIOD_S
 
     def round(self) -> int:
         """Look once at every run in flight, if we lead, and return how many units were published again."""
-        leads, now_ms = self._engine.ledger.lead(_ROLE, self._me)
+        leads, now_ms = self.lead()
         if not self._seen_ms:
             self._grace_until_ms = self._engine.ledger.server_started_ms() + _GRACE_MS
         elif now_ms - self._seen_ms > _GAP_MS:
             self._grace_until_ms = now_ms + _GRACE_MS
         self._seen_ms = now_ms
-        if leads != self._leads:
-            log.info("rescuer_leads" if leads else "rescuer_follows")
-            self._leads, self._idle = leads, {}
         if not leads:
+            self._idle = {}
             return 0
         given_back = self._broker.tend()
         if given_back:
@@ -164,7 +137,7 @@ class Rescuer:
             lost = [unit for unit in waiting if queue_name(plan.pool(unit.partition("/")[0])) in empty]
             if lost:
                 log.info("run_freed", run=run, units=lost[:10], count=len(lost))
-                self._engine.publish(run, plan, lost)
+                self._engine.publish(run, lost, plan=plan)
             return len(lost)
         except UnavailableError:
             raise

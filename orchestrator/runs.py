@@ -84,20 +84,43 @@ def run_id(workflow: str, source: str, event_id: str) -> str:
     return digest("run", workflow, source, event_id)[:24]
 
 
-def child_run_id(parent: str, step: str, index: int | None) -> str:
-    """Return the id of the run that a step with `workflow:` starts; a repeat of that step finds the same run."""
-    return digest("child", parent, step, "" if index is None else str(index))[:24]
+def child_run_id(parent: str, step: str, index: int | None, attempt: int) -> str:
+    """Return the id of the run that an attempt of a step with `workflow:` starts; a repeat of it finds the same run."""
+    again = () if attempt == 1 else (str(attempt),)
+    return digest("child", parent, step, "" if index is None else str(index), *again)[:24]
+
+
+def rerun_id(run: str, number: int) -> str:
+    """Return the id of the number-th run (from 1) that is started anew from the event of another."""
+    return digest("rerun", run, str(number))[:24]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepError:
-    """Why a step or a run failed. `traceback` is cut to the user's frames and may be empty."""
+    """Why a step or a run failed.
+
+    `traceback` is cut to the user's frames and may be empty; `frames` are those as (file relative to the project, line,
+    function), outermost first. `reason` is that of the dead letter that may come of it (deadletters.py). `kinds` are the
+    names of the error's class and its base classes, bare and qualified, for a RetryPolicy; they are not recorded.
+    """
 
     type: str
     message: str
     traceback: str = ""
     step: str | None = None
     index: int | None = None
+    reason: str = "error"
+    frames: tuple[tuple[str, int, str], ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    def fingerprint(self, task: str) -> str:
+        """Return what failures of the same cause have in common: error type and user's frames, without lines.
+
+        What was ended from outside may be anywhere in the task's function: of it only the task counts.
+        """
+        where = [f"{file}:{function}" for file, _, function in self.frames] if self.reason == "error" else []
+        kind = self.message if self.reason == "worker_lost" else self.type
+        return digest(self.reason, kind, *(where or [task]))[:12]
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {"type": self.type, "message": self.message}
@@ -105,6 +128,10 @@ class StepError:
             value = getattr(self, name)
             if value not in (None, ""):
                 body[name] = value
+        if self.reason != "error":
+            body["reason"] = self.reason
+        if self.frames:
+            body["frames"] = self.frames
         return body
 
 
@@ -168,6 +195,7 @@ class Run:
     started_at: str | None = None
     finished_at: str | None = None
     parent: Mapping[str, Any] | None = None
+    cancel_requested: bool = False
     steps: tuple[StepRun, ...] = ()
 
     def to_json(self, *, with_steps: bool = True) -> dict[str, Any]:
@@ -183,6 +211,7 @@ class Run:
             "input": self.input,
             "output": self.output,
             "error": self.error,
+            "cancel_requested": self.cancel_requested,
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,

@@ -27,6 +27,7 @@ from celery.exceptions import Reject
 
 from orchestrator.celery_app import STEP_TASK
 from orchestrator.context import Context
+from orchestrator.durations import parse_duration, parse_time
 from orchestrator.engine import Engine
 from orchestrator.errors import (
     ExpressionError,
@@ -39,13 +40,18 @@ from orchestrator.errors import (
 from orchestrator.expressions import evaluate, references
 from orchestrator.ledger import Answer, Taken
 from orchestrator.ledger.ledger import How
+from orchestrator.modules import relative
+from orchestrator.payloads import dumps
 from orchestrator.plan import MAX_LINKS, Plan, parts
 from orchestrator.project import resolve_task, takes_context
+from orchestrator.retries import kinds_of
 from orchestrator.runs import StepError, child_run_id, rfc3339
 from orchestrator.settings import read_secret
+from orchestrator.signals import Fail, Retry, StepCancelled, StepTimeout
 from orchestrator.telemetry import Outage
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
+from workers.outcome import of_error
 from workers.slots import Slots
 
 log = structlog.get_logger(__name__)
@@ -55,6 +61,9 @@ _T = TypeVar("_T")
 _RUNS_KNOWN = 128
 _TRACEBACK_CHARACTERS = 16_000
 _FRAME_LIMIT = 30
+_INPUT_CHARACTERS = 16_000
+#: A function that cannot be found is looked for again after this long.
+_DEPLOY_LOOK_MS = 10_000
 #: How long to wait before a server that is away is asked again.
 _WAIT_S = 1.0
 
@@ -65,8 +74,12 @@ class _RunInfo:
 
     id: str
     plan: Plan
+    #: Its episode and phase: in another one it is read anew.
+    version: str
     event_payload: str
     input_payload: str
+    #: When its timeout ends it, ms since the epoch; 0: never.
+    deadline_ms: int
     names: dict[str, Any]
     loaded: dict[str, Any] = field(default_factory=dict)
 
@@ -148,7 +161,7 @@ class StepRunner:
         try:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
-            answer = self._ledger.begin(run, units, self._how(run, ""))
+            answer = self._ledger.begin(run, units, self._how(run))
             while answer.taken is not None:
                 taken = answer.taken
                 if taken.unit != unit:
@@ -180,13 +193,14 @@ class StepRunner:
                 self._slot, fence=fence, attempt=attempt, index=index, run=run, unit=unit, unit_since=unit_since
             )
 
-    def _publish(self, run: str, units: Sequence[str]) -> None:
-        """Publish what has become ready; with the broker away it stays in the outbox, for the rescuer."""
-        if units:
+    def _publish(self, run: str, rows: Sequence[str]) -> None:
+        """Publish what has become ready; with a server away it stays in the outbox, for the rescuer."""
+        if rows:
+            info = self._runs.get(run)
             try:
-                self._engine.publish(run, self._plan(run), units)
+                self._engine.publish(run, rows, plan=info.plan if info is not None else None)
             except UnavailableError as exc:
-                log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))
+                log.warning("left_to_rescuer", run=run, units=len(rows), error=str(exc))
 
     def _insist(self, verb: Callable[[], _T]) -> _T:
         """Do what a repeat does not harm until the servers allow it: a step that was run is not to be lost to them.
@@ -214,25 +228,27 @@ class StepRunner:
             return ""
         return self._pool if links < MAX_LINKS or taken.index >= 0 else ""
 
-    def _how(self, run: str, known_chunk: str) -> How:
-        return How(self._record, knows_run=run in self._runs, known_chunk=known_chunk)
-
-    def _plan(self, run: str) -> Plan:
+    def _how(self, run: str, known_chunk: str = "") -> How:
         info = self._runs.get(run)
-        return info.plan if info is not None else self._engine.plan(self._ledger.plan_of(run))
+        return How(self._record, known_run=info.version if info is not None else "", known_chunk=known_chunk)
 
     def _info(self, run: str, taken: Taken) -> _RunInfo:
         if not taken.meta:
             self._runs.move_to_end(run)
             return self._runs[run]
-        workflow, plan, event, run_input, created_ms, episode, _ = taken.meta
-        facts = {
+        workflow, plan_hash, event, run_input, created_ms, episode, _, deadline, phase, state, error = taken.meta
+        plan = self._engine.plan(plan_hash)
+        facts: dict[str, Any] = {
             "id": run,
             "workflow": workflow,
             "created_at": rfc3339(int(created_ms)),
             "episode": int(episode),
         }
-        info = _RunInfo(run, self._engine.plan(plan), event, run_input, {"run": facts})
+        if phase:
+            facts["state"] = state
+            facts["error"] = json.loads(error) if error else None
+            facts["failures"] = self._ledger.failures(run, plan.main)
+        info = _RunInfo(run, plan, episode + phase, event, run_input, int(deadline or 0), {"run": facts})
         self._runs[run] = info
         while len(self._runs) > _RUNS_KNOWN:
             self._runs.popitem(last=False)
@@ -279,10 +295,11 @@ class StepRunner:
             return self._insist(lambda: self._finish(info, taken, inputs))
         step = info.plan.steps[taken.step]
         captured = Captured(self._settings.log_bytes)
-        state, payload, tail = "succeeded", "", ""
+        state, payload, tail, delay_ms = "succeeded", "", "", 0
+        arguments: dict[str, Any] = {}
         try:
             if taken.losses >= self._settings.maximum_losses:
-                raise WorkerLostError(f"the process that ran this step died {taken.losses} times; it is not run again")
+                raise WorkerLostError(self._ledger.losses(info.id, taken.slot)[-1]["reason"], taken.losses)
             if not names:
                 names |= info.names | self._inputs(inputs)
             if taken.index >= 0:
@@ -293,8 +310,13 @@ class StepRunner:
                 state = "skipped"
             elif not self._is_wanted(info, step, names, captured, per_item=step.is_fan_out):
                 state = "skipped"
+            elif step.is_wait:
+                delay_ms = self._wait_ms(info, taken, step, names, captured)
+                state = "sleeping" if delay_ms else "succeeded"
             else:
                 arguments = _copy(evaluate(step.with_, self._names_for(info, step.with_, names, captured)))
+                if taken.mended:
+                    arguments |= self._payloads.unpack(taken.mended)
                 if step.workflow is not None:
                     payload = self._insist(partial(self._start_nested, info, taken, step, arguments))
                     state = "waiting"
@@ -303,19 +325,39 @@ class StepRunner:
                     payload = self._insist(partial(self._pack, info, taken, value))
         except _CannotWaitError:
             raise
+        except StepCancelled:
+            state, payload = "cancelled", ""
         except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
-            state, payload = "failed", ""
-            error = describe_error(exc, self._settings.project)
-            error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))
-            tail = f',"error":{json.dumps(error.to_json())}'
-            log.info("step_failed", run=info.id, step=taken.slot, error=error.type)
+            payload = ""
+            left_ms = self._settings.deploy_wait_s * 1000 - taken.postponed_ms
+            if isinstance(exc, TaskNotFoundError) and left_ms > 0:
+                state, delay_ms = "postponed", min(_DEPLOY_LOOK_MS, left_ms)
+                log.warning(
+                    "task_not_found", run=info.id, step=taken.slot, error=str(exc), gives_up_in_s=left_ms // 1000
+                )
+            else:
+                error = describe_error(exc, self._settings.project)
+                error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))
+                outcome = of_error(error, step, taken.tries, exc)
+                state, tail, delay_ms = outcome.state, outcome.tail + _input(arguments, captured), outcome.delay_ms
+                log.info("step_failed", run=info.id, step=taken.slot, error=error.type, state=state)
         return self._insist(
             lambda: self._ledger.complete(
-                info.id, taken, state, payload=payload, tail=tail, log=captured.text(),
-                how=How(self._record, knows_run=True, known_chunk=self._known_chunk(info.id)),
-                inline=self._inline(links, taken),
+                info.id, taken, state, payload=payload, tail=tail, log=captured.text(), delay_ms=delay_ms,
+                how=self._how(info.id, self._known_chunk(info.id)), inline=self._inline(links, taken),
             )
         )  # fmt: skip
+
+    def _wait_ms(self, info: _RunInfo, taken: Taken, step: Step, names: dict[str, Any], captured: Captured) -> int:
+        """Return how long a step that only waits still has to, in ms."""
+        template = step.sleep if step.sleep is not None else step.until
+        value = evaluate(template, self._names_for(info, template, names, captured))
+        try:
+            if step.sleep is not None:
+                return round(parse_duration(value).total_seconds() * 1000)
+            return max(0, round(parse_time(value).timestamp() * 1000) - taken.now_ms)
+        except ValueError as exc:
+            raise ExpressionError(f"{'sleep' if step.sleep is not None else 'until'} {exc}") from exc
 
     def _is_wanted(
         self, info: _RunInfo, step: Step, names: dict[str, Any], captured: Captured, *, per_item: bool
@@ -341,7 +383,7 @@ class StepRunner:
                 info.id, taken, len(items),
                 size=ranges[0][1] - ranges[0][0] if ranges else 1,
                 max_parallel=step.max_parallel or 0, per=per, chunks=chunks,
-                how=How(self._record, knows_run=True), inline=self._inline(links, taken),
+                how=self._how(info.id), inline=self._inline(links, taken),
             )
         )  # fmt: skip
 
@@ -359,12 +401,13 @@ class StepRunner:
     def _start_nested(self, info: _RunInfo, taken: Taken, step: Step, arguments: Mapping[str, Any]) -> str:
         assert step.workflow is not None
         index = taken.index if taken.index >= 0 else None
-        child = child_run_id(info.id, taken.step, index)
+        child = child_run_id(info.id, taken.step, index, taken.attempt)
         plan = self._engine.plan(self._ledger.workflow_plan(step.workflow))
         event = self._load(info, "event", info.event_payload)
         params = plan.workflow.resolve_params(arguments, event)
-        parent = {"run": info.id, "step": taken.step, "index": taken.index}
-        self._engine.start(child, plan, event=event, params=params, parent=parent)
+        parent = {"run": info.id, "step": taken.step, "index": taken.index, "attempt": taken.attempt}
+        timeout_ms = round((step.timeout_s or 0) * 1000)
+        self._engine.start(child, plan, event=event, params=params, parent=parent, timeout_ms=timeout_ms)
         return child
 
     def _call(self, info: _RunInfo, taken: Taken, step: Step, arguments: dict[str, Any], captured: Captured) -> Any:
@@ -397,7 +440,7 @@ class StepRunner:
             raise PayloadError(f"step {taken.slot}: its result is {exc}") from exc
 
     def _finish(self, info: _RunInfo, taken: Taken, inputs: list[Any]) -> Answer:
-        """End the run: its state, its output, and word to the step that waits for it, if one does."""
+        """Say what the run comes to: its state and its output."""
         plan, error, payload = info.plan, "", ""
         states = dict(zip(taken.chunk[::2], taken.chunk[1::2], strict=True))
         unhandled = plan.unhandled(states) if states else []
@@ -420,11 +463,7 @@ class StepRunner:
             except Exception as exc:  # noqa: BLE001 -- whatever is wrong with it, the run is to end
                 error = json.dumps(StepError(type=type(exc).__name__, message=f"output: {exc}").to_json())
         state = "failed" if error else "succeeded"
-        verdict, parent = self._ledger.finish(info.id, taken, state, payload=payload, error=error)
-        if verdict == "ok":
-            self._engine.tell_parent(info.id, parent)
-        self._runs.pop(info.id, None)
-        return Answer(verdict)
+        return self._ledger.finish(info.id, taken, state, payload=payload, error=error)
 
     @staticmethod
     def _blob(info: _RunInfo, taken: Taken) -> str:
@@ -440,30 +479,72 @@ def _copy(value: Any) -> Any:
     return value
 
 
+def _input(arguments: Mapping[str, Any], captured: Captured) -> str:
+    """Return a member for the attempt's record: the arguments of the call, secrets masked; none if they are large."""
+    text = dumps(_masked({name: value for name, value in arguments.items() if name != "context"}, captured))
+    return f',"input":{text}' if arguments and len(text) <= _INPUT_CHARACTERS else ""
+
+
+def _masked(value: Any, captured: Captured) -> Any:
+    if isinstance(value, str):
+        return captured.mask(value)
+    if isinstance(value, dict):
+        return {captured.mask(str(key)): _masked(element, captured) for key, element in value.items()}
+    if isinstance(value, list):
+        return [_masked(element, captured) for element in value]
+    return value
+
+
 class WorkerLostError(OrchestratorError):
     """The process that ran a step died too often."""
 
+    def __init__(self, last: str, times: int) -> None:
+        self.last = last
+        super().__init__(
+            f"the process that ran this step died {times} times, the last time: {last}; it is not tried again"
+        )
 
+
+#: Named without the module that they happen to be in.
+_OURS = (OrchestratorError, StepTimeout, Retry, Fail)
 #: Errors of ours whose message says it all: a traceback would only show our own code.
 _PLAIN = (ExpressionError, PayloadError, SettingsError, TaskNotFoundError, WorkerLostError)
+_REASONS: Mapping[type[BaseException], str] = {
+    StepTimeout: "timeout",
+    MemoryError: "memory",
+    WorkerLostError: "worker_lost",
+    TaskNotFoundError: "unknown_task",
+}
 
 
 def describe_error(exc: BaseException, project: Path) -> StepError:
-    """Return type, message and traceback of an error, the traceback cut to frames of the user's project."""
+    """Return what an error was, its traceback and frames cut to those of the user's project."""
     kind = type(exc)
-    name = (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
-    if isinstance(exc, OrchestratorError):
-        name = kind.__name__
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__") and not isinstance(exc, _OURS):
+        name = f"{kind.__module__}.{kind.__qualname__}"
     try:
         message = str(exc)
     except Exception as broken:  # noqa: BLE001 -- an error whose text cannot be made is still an error
         message = f"(its message could not be made: {type(broken).__name__})"
     if isinstance(exc, SystemExit):
         message = f"the step called sys.exit({message})"
-    text = "" if isinstance(exc, _PLAIN) else _user_traceback(exc, project)
-    return StepError(type=name, message=message[:4000], traceback=text[-_TRACEBACK_CHARACTERS:])
+    return StepError(
+        type=name,
+        message=message[:4000],
+        traceback="" if isinstance(exc, _PLAIN) else _user_traceback(exc, project)[-_TRACEBACK_CHARACTERS:],
+        reason=next((reason for cause, reason in _REASONS.items() if isinstance(exc, cause)), "error"),
+        frames=_user_frames(exc, project),
+        kinds=kinds_of(kind),
+    )
+
+
+def _user_frames(exc: BaseException, project: Path) -> tuple[tuple[str, int, str], ...]:
+    frames = (
+        (frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_tb(exc.__traceback__)
+    )
+    users = [(relative(project, file), line, name) for file, line, name in frames if _is_users(file, project)]
+    return tuple(users[-_FRAME_LIMIT:])
 
 
 def _user_traceback(exc: BaseException, project: Path) -> str:

@@ -104,7 +104,7 @@ class Watch:
         moment ago is not its own either, until it has noted what it took next.
         """
         gone_before, self._gone = self._gone, set()
-        gone = self._engine.ledger.renew(
+        gone, _ = self._engine.ledger.renew(
             (work.run, work.unit, work.fence)
             for work in running.values()
             if work.unit  # else it is about to take one
@@ -123,15 +123,15 @@ class Watch:
 
 def give_up(engine: Engine, work: Work, identity: Identity) -> None:
     """Have what a dead child ran started again; idempotent. Its parent does this, and the child that replaces it."""
-    units = engine.ledger.abandon(work.run, identity.record(work.pid))
+    units, rows = engine.ledger.abandon(work.run, identity.record(work.pid), "killed")
     if units:
         log.warning("child_lost", pid=work.pid, run=work.run, units=units, index=work.index)
-        _publish(engine, work.run, units)
+        _publish(engine, work.run, rows)
 
 
 def _publish(engine: Engine, run: str, units: list[str]) -> None:
     try:
-        engine.publish(run, engine.plan(engine.ledger.plan_of(run)), units)
+        engine.publish(run, units)
     except OrchestratorError as exc:
         log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))
 

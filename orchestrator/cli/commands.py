@@ -22,7 +22,7 @@ from orchestrator.cli.access import (
     settings_of,
     with_servers,
 )
-from orchestrator.cli.output import duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError
 from orchestrator.workflows import Workflow, unknown
 
@@ -312,6 +312,8 @@ def _wait(engine: Any, run_id: str, seconds: float, *, as_json: bool) -> int:
 def _print_run(found: Any) -> None:
     print(
         f"run {found.id} of {found.workflow}: {found.state} ({duration(found.created_at, found.finished_at) or '...'})"
+        + (f", episode {found.episode}" if found.episode > 1 else "")
+        + (", being cancelled" if found.cancel_requested and found.finished_at is None else "")
     )
     if found.error:
         where = f" in step {found.error['step']}" if found.error.get("step") else ""
@@ -424,6 +426,86 @@ def runs_wait(
     with engine_of(settings_of(project, data_dir)) as engine:
         engine.ledger.plan_of(run_id)
         return _wait(engine, run_id, seconds, as_json=as_json)
+
+
+@runs.command("cancel")
+def runs_cancel(
+    run_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Cancel runs and those nested in them: what has not begun never will, and steps at work are told to stop."""
+    told = []
+    with engine_of(settings_of(project, data_dir)) as engine:
+        for run_id in run_ids:
+            asked = engine.cancel(run_id)
+            told.append({"id": run_id, "cancelled": asked, "state": engine.ledger.outcome(run_id)[0]})
+    if as_json:
+        print_json({"items": told, "next": None})
+        return 0
+    for one in told:
+        if one["cancelled"]:
+            print(f"{one['id']}: {'is being cancelled' if one['state'] == 'running' else one['state']}")
+        else:
+            print(f"{one['id']}: nothing to cancel; it is {one['state']}")
+    return 0
+
+
+@runs.command("resume")
+def runs_resume(
+    run_id: str,
+    keep_definition: Annotated[
+        bool, typer.Option("--keep-definition", help="Go on with the definition that the run has, if it changed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be kept and what would run.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask when the definition has changed.")] = False,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Go on with a run that failed or was cancelled, from the steps on that failed or never ended."""
+    from orchestrator.resume import check, resume
+
+    with engine_of(settings_of(project, data_dir)) as engine:
+        found = check(engine, run_id, keep_definition=keep_definition)
+        if not as_json:
+            _print_check(found)
+        if dry_run:
+            if as_json:
+                print_json(found.to_json())
+            return 0
+        if found.definition_changed and not yes:
+            confirm("the definition has changed; go on with the one in force?", "--yes, or --keep-definition")
+        episode = resume(engine, run_id, keep_definition=keep_definition, episode=found.episode)
+    if as_json:
+        print_json(found.to_json() | {"episode": episode})
+    else:
+        print(f"run {run_id} goes on in episode {episode}")
+    return 0
+
+
+def _print_check(found: Any) -> None:
+    rows = [(step, "kept", "") for step in found.keeps]
+    rows += [(step, "runs again", why) for step, why in found.again.items()]
+    rows += [(step, "gone", "no longer in the definition") for step in found.gone]
+    print_table(["step", "", "because"], rows)
+
+
+@runs.command("rerun")
+def runs_rerun(
+    run_id: str, project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> int:
+    """Start a new run of the same event, with the definition in force."""
+    from orchestrator.resume import rerun
+
+    with engine_of(settings_of(project, data_dir)) as engine:
+        new = rerun(engine, run_id)
+    if as_json:
+        print_json({"id": new, "rerun_of": run_id})
+    else:
+        print(new)
+    return 0
 
 
 @runs.command("logs")

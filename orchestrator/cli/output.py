@@ -8,9 +8,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from orchestrator.errors import InputError
 
 _COLOURS = {
     "succeeded": "green",
@@ -18,6 +21,8 @@ _COLOURS = {
     "upstream_failed": "red",
     "running": "cyan",
     "queued": "yellow",
+    "retrying": "yellow",
+    "cancelled": "magenta",
     "skipped": "bright_black",
     "scheduled": "bright_black",
 }
@@ -73,3 +78,10 @@ def one_line(value: Any, limit: int = 80) -> str:
     """Return a value as JSON of at most about `limit` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def confirm(question: str, instead: str) -> None:
+    """Ask, and go on only after a yes. Raises InputError where nobody can be asked: `instead` says what to give then."""
+    if not sys.stdin.isatty():
+        raise InputError(f"{question} nobody is there to be asked: give {instead}")
+    typer.confirm(question, abort=True, err=True)

@@ -7,21 +7,33 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 
 | key | field | value |
 |---|---|---|
-| run | workflow state episode plan event event_id input output error parent left fence bad cleared | |
-| | created_at started_at finished_at | ms since the epoch |
-| graph | step | [pool, rule, upstreams, [downstream], [read], flags] (plan.py) |
+| run | workflow state episode plan event event_id input output error parent fence cleared | |
+| | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
+| | bad end_state end_output end_error hook_failed | a failed step; what the run comes to when its hooks have ended |
+| | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
+| | reruns | runs that were started anew from this one |
+| | created_at started_at finished_at deadline | ms since the epoch |
+| graph | step | [pool, rule, upstreams, [downstream], [read], flags, phase] (plan.py) |
 | states | slot | state |
 | | u:step f:step k:step | upstream steps ended, failed, skipped |
-| | n:step d:step b:step c:step | items in all, ended, failed, handed out (`max_parallel`) |
-| | w:slot | id of the nested run that is waited for |
+| | n:step d:step b:step x:step c:step | items in all, ended, failed, cancelled, handed out (`max_parallel`) |
+| | w:slot | id of the nested run that is waited for; `~`: its time is waited for |
 | units | unit | fence:k:hi, with the item and end of a header part (`step/lo-hi`); fence 0: not begun |
 | leases | unit | (sorted set) when the lease runs out, ms |
-| outbox | unit, or ^parent | (sorted set) since when it waits to be published, ms |
+| outbox | unit, or a chore | (sorted set) since when it waits to be published or done, ms |
+| timers | unit, ~slot, $deadline | (sorted set) when it is due, ms: to be taken again, a sleep's end, the run's timeout |
 | outputs | slot | payload (payloads.py) |
 | attempts | slot@attempt | JSON: worker, code, started_at, fence, finished_at, state, error |
-| | slot#a slot#l | attempts beyond the first, losses |
+| | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON objects joined by commas) |
+| | slot#b slot#k | attempts and losses of earlier episodes |
+| | slot#u slot#m | since when no function was found for it, ms; arguments that were mended (payload) |
 | items | per:step, step:chunk | items per chunk, payload of a chunk: the list that `foreach` gave |
+| | again:step | items still to be handed out in a further episode |
 | logs | slot@attempt | captured text |
+
+Chores in the outbox (engine.py does them): `!slot` a step that will not be tried again is to be made known as a dead
+letter; `^ended` whoever waits for this run is to be told; `^cancel:slot` the nested run of a slot is to be cancelled;
+`^await:slot` the nested run of a slot may have ended before the slot waited for it again.
 """
 
 from __future__ import annotations
@@ -31,12 +43,14 @@ import json
 PREFIX = "orchestrator"
 
 #: The keys of one run, in the order in which they are given to the script as KEYS.
-RUN_KEYS = ("run", "graph", "states", "units", "leases", "outbox", "outputs", "attempts", "items", "logs")
+RUN_KEYS = ("run", "graph", "states", "units", "leases", "outbox", "outputs", "attempts", "items", "logs", "timers")
 
 #: Run ids by creation time, ms; permanent, trimmed with the retention.
 RUNS = f"{PREFIX}:runs"
 #: Runs in flight by creation time; permanent; what the rescuer looks at.
 ACTIVE = f"{PREFIX}:active"
+#: Runs by when something in them is due, ms; permanent; a hint for timers.py, what holds are the timers of each run.
+TIMERS = f"{PREFIX}:timers"
 #: Workflow name -> plan hash and definition in force, as JSON; permanent.
 WORKFLOWS = f"{PREFIX}:workflows"
 #: Events by time of acceptance, ms; permanent, trimmed with the retention.
@@ -55,7 +69,7 @@ def leader_key(role: str) -> str:
 
 
 #: Every key that has no TTL although no run is in flight.
-PERMANENT = (RUNS, ACTIVE, WORKFLOWS, EVENTS, SET_ASIDE, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*")
+PERMANENT = (RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*")
 
 
 def set_aside_record(raw: bytes, reason: str, at_ms: int, *, queue: str = "") -> str:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from itertools import islice
 from typing import Any
 
 import redis
@@ -27,12 +28,15 @@ from orchestrator.errors import NotFoundError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
+from orchestrator.runs import RunState
 
 log = structlog.get_logger(__name__)
 
 #: How long a lease holds without being renewed, and how often whoever runs a unit renews it.
 LEASE_MS = 10_000
 RENEW_S = 2.5
+#: States of `complete` after which a slot waits for its time.
+_PUT_OFF = ("retrying", "postponed", "sleeping")
 #: How long who leads does so without saying so again.
 LEADER_MS = 3_000
 #: A row that has waited this long in the outbox was left behind by a process that died.
@@ -60,17 +64,24 @@ def _text() -> str:
 class Taken:
     """A unit that this process now runs: a link, or the item `index` of a header part.
 
+    `attempt` counts over all episodes, `tries` (this attempt included) and `losses` in this one. `postponed_ms`: how
+    long ago it was put off first because no function was found for it. `mended` is the payload of arguments to be laid
+    over those of the definition, or empty.
     `inputs` has (step id, state, payload or payloads, failures) for each step that is read; it is empty for a further
-    item of the same part. `meta` is (workflow, plan, event, input, created_at, episode, event id), `chunk` (items per
-    chunk, number, payload) the items around `index`; both are empty if the caller said that it knows them. For the end
-    of a run in which a step failed, `chunk` has every step and its state, in turn. `count` is the fan-out's size.
+    item of the same part. `meta` is (workflow, plan, event, input, created_at, episode, event id, deadline, phase, state
+    and error that the run comes to); `chunk` (items per chunk, number, payload) the items around `index`; both are empty
+    if the caller said that it knows them. For the end of a run in which a step failed, `chunk` has every step and its
+    state, in turn. `count` is the fan-out's size.
     """
 
     unit: str
     fence: int
     index: int
     attempt: int
+    tries: int
     losses: int
+    postponed_ms: int
+    mended: str
     now_ms: int
     inputs: list[Any]
     meta: list[str]
@@ -104,16 +115,16 @@ class How:
     """Who takes a unit and what it knows already (so that it is not sent again).
 
     `record` is the opening of the attempt's record: JSON without its closing brace, which names who takes; no two that
-    run at the same time have the same.
+    run at the same time have the same. `known_run` is the episode and phase of the run that the caller knows.
     """
 
     record: str
     lease_ms: int = LEASE_MS
-    knows_run: bool = False
+    known_run: str = ""
     known_chunk: str = ""
 
     def argv(self) -> tuple[str | int, ...]:
-        return self.lease_ms, self.record, "1" if self.knows_run else "", self.known_chunk
+        return self.lease_ms, self.record, self.known_run, self.known_chunk
 
 
 def connect(url: str, *, patience_s: float = 0.0, timeout_s: float = 10.0, decode_responses: bool = True) -> Any:
@@ -139,13 +150,14 @@ def connect(url: str, *, patience_s: float = 0.0, timeout_s: float = 10.0, decod
 class Ledger:
     """The verbs on runs. Safe to share between threads; after a fork each process has its own connections."""
 
-    def __init__(self, client: Any, *, retention_s: int = 30 * 86400) -> None:
+    def __init__(self, client: Any, *, retention_s: int = 30 * 86400, failed_retention_s: int = 0) -> None:
         self.client = client
         self._script = client.register_script(_text())
         self.retention_s = retention_s
+        self._last = f"{retention_s},{max(retention_s, failed_retention_s)},{keys.RUN_ENDED}"
 
     def _call(self, run: str, *argv: str | int) -> Any:
-        return self._guard(lambda: self._script(keys=keys.run_keys(run), args=argv))
+        return self._guard(lambda: self._script(keys=keys.run_keys(run), args=(*argv, self._last)))
 
     def _call_many(self, calls: Sequence[tuple[str, tuple[str | int, ...]]]) -> list[Any]:
         """Call verbs on many runs in one round trip; only those that a repeat does not harm.
@@ -157,7 +169,7 @@ class Ledger:
             with self.client.pipeline(transaction=False) as pipe:
                 for run, argv in calls:
                     run_keys = keys.run_keys(run)
-                    pipe.evalsha(self._script.sha, len(run_keys), *run_keys, *argv)
+                    pipe.evalsha(self._script.sha, len(run_keys), *run_keys, *argv, self._last)
                 return list(pipe.execute(raise_on_error=False))
 
         answers = self._guard(execute)
@@ -221,31 +233,41 @@ class Ledger:
         run_input: str,
         created_ms: int,
         parent: Mapping[str, Any] | None = None,
+        timeout_ms: int = 0,
     ) -> bool:
         """Write a run with its first units in the outbox; False if that run exists. Idempotent by id.
 
-        `event` and `run_input` are payloads. The indexes are written first: a kill in between leaves an id without a
+        `event` and `run_input` are payloads; `timeout_ms` (0: none) is how long it may take. The indexes are written first: a kill in between leaves an id without a
         run, which the rescuer drops, and whoever caused the run tries again.
         """
-        self._index(run, created_ms)
+        self.index(run, created_ms)
         rows = plan.graph_rows
         fields: dict[str, str] = {"workflow": plan.workflow.name, "plan": plan.hash, "state": "queued"}
-        fields |= {"event": event, "event_id": event_id, "input": run_input}
+        fields |= {"event": event, "event_id": event_id, "input": run_input, "left": str(len(plan.main))}
         if parent is not None:
             fields["parent"] = json.dumps(parent)
-        answer = self._call(run, "start", len(rows), *_flat(rows), len(plan.roots), *plan.roots, *_flat(fields))
+        answer = self._call(
+            run, "start", timeout_ms, len(rows), *_flat(rows), len(plan.roots), *plan.roots, *_flat(fields)
+        )
+        if answer[0] == "started" and timeout_ms:
+            self._expect(run, created_ms + timeout_ms)
         return bool(answer[0] == "started")
+
+    def _expect(self, run: str, due_ms: int) -> None:
+        """Note when something in a run is due, so that it is taken up in time; else the rescuer finds it later."""
+        self._guard(lambda: self.client.zadd(keys.TIMERS, {run: due_ms}, lt=True))
 
     def start_failed(
         self, run: str, *, workflow: str, plan: str, event: str, event_id: str, created_ms: int, error: str
     ) -> bool:
         """Write a run that failed before its first step (its input was wrong); False if that run exists."""
-        self._index(run, created_ms, active=False)
+        self.index(run, created_ms, active=False)
         fields = {"workflow": workflow, "plan": plan, "event": event, "event_id": event_id}
-        fields |= {"created_at": str(created_ms), "finished_at": str(created_ms), "error": error}
-        return bool(self._call(run, "refuse", self.retention_s, keys.RUN_ENDED, run, *_flat(fields)))
+        fields |= {"created_at": str(created_ms), "error": error}
+        return bool(self._call(run, "refuse", *_flat(fields)))
 
-    def _index(self, run: str, created_ms: int, *, active: bool = True) -> None:
+    def index(self, run: str, created_ms: int, *, active: bool = True) -> None:
+        """Put a run on the list of all runs, and of those in flight; idempotent."""
         with self.client.pipeline(transaction=False) as pipe:
             pipe.zadd(keys.RUNS, {run: created_ms}, nx=True)
             if active:
@@ -253,8 +275,13 @@ class Ledger:
             self._guard(pipe.execute)
 
     def close(self, run: str) -> None:
-        """Take a run that has ended, with an empty outbox, off the list of those in flight."""
-        self._guard(lambda: self.client.zrem(keys.ACTIVE, run))
+        """Take a run that has ended, with an empty outbox, off the list of those in flight; one reopened stays."""
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.zrem(keys.ACTIVE, run)
+            pipe.hmget(keys.run_key(run, "run"), "state", "created_at")
+            _, (state, created) = self._guard(pipe.execute)
+        if state is not None and not RunState(state).is_end:
+            self.index(run, int(created))
 
     def drop(self, run: str, before_ms: int) -> None:
         """Take an id without a run off that list, if it was put there before: a younger one may be just starting."""
@@ -292,20 +319,25 @@ class Ledger:
         payload: str = "",
         tail: str = "",
         log: str = "",
+        delay_ms: int = 0,
         how: How,
         inline: str,
     ) -> Answer:
         """Record the outcome of what was taken, settle the joins below, and take what comes next.
 
-        `state`: succeeded, failed, skipped, or waiting (for the nested run whose id is `payload`). `tail` is JSON
-        members to add to the attempt's record, with a leading comma. `inline` is this worker's pool; empty takes
-        nothing further. Verdicts: ok, done (a repeat), refused (somebody took over).
+        `state`: succeeded, failed, skipped, cancelled, or waiting (for the nested run whose id is `payload`); or, for
+        `delay_ms`: retrying (the attempt has failed and another follows), postponed (there was none, and it is taken
+        again), sleeping (then it has succeeded). `tail` is JSON members to add to the attempt's record, with a leading
+        comma. `inline` is this worker's pool; empty takes nothing further.
+        Verdicts: ok, done (a repeat), refused (somebody took over).
         """
-        return _answer(
-            self._call(
-                run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, *how.argv(), inline
-            )
-        )
+        answer = self._call(
+            run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, delay_ms, *how.argv(),
+            inline,
+        )  # fmt: skip
+        if state in _PUT_OFF and answer[0] == "ok":
+            self._expect(run, taken.now_ms + delay_ms)
+        return _answer(answer)
 
     def expand(
         self,
@@ -327,14 +359,84 @@ class Ledger:
             )
         )
 
-    def resolve(self, run: str, step: str, index: int, child: str, state: str, *, payload: str, tail: str) -> Answer:
-        """Record the end of the nested run of a step or item (index -1: the step itself). First one wins."""
-        return _answer(self._call(run, "resolve", step, index, child, state, payload, tail))
+    def resolve(
+        self,
+        run: str,
+        step: str,
+        index: int,
+        attempt: int,
+        child: str,
+        state: str,
+        *,
+        payload: str,
+        tail: str,
+        now_ms: int,
+        delay_ms: int = 0,
+    ) -> Answer:
+        """Record the end of the nested run of an attempt of a step or item (index -1: the step itself); first one wins.
 
-    def finish(self, run: str, taken: Taken, state: str, *, payload: str, error: str) -> tuple[str, str]:
-        """End the run's episode: (verdict, JSON of the parent or ""). Verdicts: ok, done, refused."""
-        answer = self._call(run, "finish", taken.fence, state, payload, error, self.retention_s, keys.RUN_ENDED, run)
-        return answer[0], answer[1] if len(answer) > 1 else ""
+        `state`: succeeded, failed, or retrying (in `delay_ms`, with a run of its own).
+        """
+        answer = self._call(run, "resolve", step, index, attempt, child, state, payload, tail, delay_ms)
+        if state == "retrying" and answer[0] == "ok":
+            self._expect(run, now_ms + delay_ms)
+        return _answer(answer)
+
+    def finish(self, run: str, taken: Taken, state: str, *, payload: str, error: str) -> Answer:
+        """Record what a run comes to; its hooks follow, or its end. Verdicts: ok, done, refused."""
+        return _answer(self._call(run, "finish", taken.fence, state, payload, error))
+
+    def cancel(self, run: str) -> Answer:
+        """Have nothing further of a run begin, and what is in work be told to stop; durable and idempotent.
+
+        Verdicts: ok, done (it has ended, or is being cancelled already).
+        """
+        return _answer(self._call(run, "cancel"))
+
+    def fire(self, run: str) -> list[str]:
+        """Take up what in a run waited for a time that has come; answers the rows to publish."""
+        rows, following = self._call(run, "fire")
+        if following:
+            self._expect(run, int(following))
+        return list(rows)
+
+    def due(self, now_ms: int, limit: int) -> tuple[list[str], int | None]:
+        """Answer runs in which something is due, and when the next after these is; they are noted no longer."""
+        found = self._guard(lambda: self.client.zrange(keys.TIMERS, 0, limit, withscores=True))
+        runs = [str(run) for run, due in found if due <= now_ms][:limit]
+        if runs:
+            self._guard(lambda: self.client.zrem(keys.TIMERS, *runs))
+        later = [int(due) for _, due in found[len(runs) :]]
+        return runs, later[0] if later else None
+
+    def reopen(self, run: str, episode: int, reopening: Mapping[str, Any]) -> Answer:
+        """Open the episode after `episode`, which has ended; `reopening` as resume.py makes it.
+
+        Verdicts: ok, unknown, in_flight, changed (the last episode is another).
+        """
+        answer = self._call(run, "reopen", episode, json.dumps(reopening))
+        if answer[0] == "ok":
+            created = self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "created_at"))
+            self.index(run, int(created))
+            if reopening["timeout_ms"]:
+                self._expect(run, self.now_ms() + int(reopening["timeout_ms"]))
+        return _answer(answer)
+
+    def now_ms(self) -> int:
+        """Return the server's time."""
+        seconds, micros = self._guard(self.client.time)
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def child_of(self, run: str, slot: str) -> str:
+        """Return the id of the nested run that a slot waits for, or empty."""
+        return str(self._guard(lambda: self.client.hget(keys.run_key(run, "states"), f"w:{slot}")) or "")
+
+    def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
+        """Return which attempt a slot is at: (over all episodes, in this one)."""
+        retries, before = self._guard(
+            lambda: self.client.hmget(keys.run_key(run, "attempts"), f"{slot}#a", f"{slot}#b")
+        )
+        return 1 + int(retries or 0), 1 + int(retries or 0) - int(before or 0)
 
     def plan_of(self, run: str) -> str:
         """Return the hash of the plan that a run started with. Raises NotFoundError."""
@@ -355,52 +457,75 @@ class Ledger:
 
     def failure(self, run: str, step: str) -> dict[str, Any]:
         """Return the error of a failed step, or of its first failed item, with `step` and `index` in it."""
-        found: dict[str, Any] = self._guard(lambda: self._failure(run, step))
+        found = self.failures(run, [step], limit=1)
+        return found[0] if found else {"type": "Unknown", "message": "", "step": step}
+
+    def failures(self, run: str, steps: Iterable[str], limit: int = 100) -> list[dict[str, Any]]:
+        """Return the errors of failed steps and items of a run, with `step` and `index`; at most `limit`."""
+
+        def read() -> list[dict[str, Any]]:
+            slots = (slot for step in steps for slot in self._failed(run, step))
+            return [self._error(run, slot) for slot in islice(slots, limit)]
+
+        found: list[dict[str, Any]] = self._guard(read)
         return found
 
-    def _failure(self, run: str, step: str) -> dict[str, Any]:
+    def _failed(self, run: str, step: str) -> Iterator[str]:
+        """Give the slots of a step that have failed: itself, or its items."""
         count = self.client.hget(keys.run_key(run, "states"), f"n:{step}")
         slots = [step] if count is None else [f"{step}/{index}" for index in range(int(count))]
         for lo in range(0, len(slots), 1000):
             batch = slots[lo : lo + 1000]
             states = self.client.hmget(keys.run_key(run, "states"), batch)
-            for slot, state in zip(batch, states, strict=True):
-                if state == "failed":
-                    retries = int(self.client.hget(keys.run_key(run, "attempts"), f"{slot}#a") or 0)
-                    record = self.client.hget(keys.run_key(run, "attempts"), f"{slot}@{retries + 1}")
-                    error: dict[str, Any] = json.loads(record or "{}").get("error") or {
-                        "type": "Unknown",
-                        "message": "",
-                    }
-                    error["step"] = step
-                    if slot != step:
-                        error["index"] = int(slot.rpartition("/")[2])
-                    return error
-        return {"type": "Unknown", "message": "", "step": step}
+            yield from (slot for slot, state in zip(batch, states, strict=True) if state == "failed")
+
+    def _error(self, run: str, slot: str) -> dict[str, Any]:
+        retries = int(self.client.hget(keys.run_key(run, "attempts"), f"{slot}#a") or 0)
+        record = json.loads(self.client.hget(keys.run_key(run, "attempts"), f"{slot}@{retries + 1}") or "{}")
+        error: dict[str, Any] = record.get("error") or {"type": "Unknown", "message": ""}
+        step, _, index = slot.partition("/")
+        error["step"] = step
+        if index:
+            error["index"] = int(index)
+        return error
+
+    def losses(self, run: str, slot: str) -> list[dict[str, Any]]:
+        """Return what each loss of a slot was, oldest first: {"at": ms, "reason", "worker"}."""
+        text = self._guard(lambda: self.client.hget(keys.run_key(run, "attempts"), f"{slot}#x"))
+        found: list[dict[str, Any]] = json.loads(f"[{text or ''}]")
+        return found
 
     def clear(self, run: str, units: Sequence[str]) -> int:
         """Take units that were published out of the outbox; answers how many rows are left."""
         return int(self._call(run, "clear", *units))
 
-    def renew(self, held: Iterable[tuple[str, str, int]], lease_ms: int = LEASE_MS) -> set[tuple[str, str]]:
-        """Renew leases, given as (run, unit, fence), in one round trip; answers (run, unit) of those taken over.
+    def renew(
+        self, held: Iterable[tuple[str, str, int]], lease_ms: int = LEASE_MS
+    ) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+        """Renew leases, given as (run, unit, fence), in one round trip.
 
-        A lease that the sweep has given up is the caller's again if nobody has taken over yet.
+        Answers (run, unit) of those taken over, and of those that are to be stopped, as their run is. A lease that the
+        sweep has given up is the caller's again if nobody has taken over yet.
         """
         by_run: dict[str, list[str | int]] = {}
         for run, unit, fence in held:
             by_run.setdefault(run, []).extend((unit, fence))
         if not by_run:
-            return set()
+            return set(), set()
         answers = self._call_many([(run, ("renew", lease_ms, *pairs)) for run, pairs in by_run.items()])
-        return {(run, unit) for run, gone in zip(by_run, answers, strict=True) for unit in gone or ()}
+        gone, stopping = (
+            {(run, unit) for run, answer in zip(by_run, answers, strict=True) for unit in (answer or ((), ()))[which]}
+            for which in (0, 1)
+        )
+        return gone, stopping
 
-    def abandon(self, run: str, record: str) -> list[str]:
-        """Give up what a process that has died had taken in a run; answers the units, now in the outbox, to publish.
+    def abandon(self, run: str, record: str, reason: str) -> tuple[list[str], list[str]]:
+        """Give up what a process that has died had taken in a run: (the units, rows to publish).
 
-        `record` is that of its How, and has to be of that process alone.
+        `record` is that of its How, and has to be of that process alone; `reason` says how it died.
         """
-        return list(self._call(run, "abandon", record))
+        lost, rows = self._call(run, "abandon", record, reason)
+        return list(lost), list(rows)
 
     def give_back(self, run: str, unit: str, fence: int, size: int) -> list[str]:
         """Give back the items of a part that were not begun, as parts of `size`; answers the new units."""
@@ -431,10 +556,9 @@ class Ledger:
         """Answer the units of an idle run that wait for a message; none if it has moved since `look` gave `version`."""
         return list(self._call(run, "limbo", version))
 
-    def give_up(self, run: str, error: Mapping[str, Any]) -> tuple[bool, str]:
-        """End a run that cannot go on as failed: (whether it was in flight, JSON of the parent or "")."""
-        done, parent = self._call(run, "give_up", json.dumps(error), self.retention_s, keys.RUN_ENDED, run)
-        return bool(done), parent
+    def give_up(self, run: str, error: Mapping[str, Any]) -> list[str]:
+        """End a run that cannot go on as failed; answers the chores that this makes, none if it was not in flight."""
+        return list(self._call(run, "give_up", json.dumps(error)))
 
     def lead(self, role: str, who: str, lease_ms: int = LEADER_MS) -> tuple[bool, int]:
         """Take or keep the lead in a role, of which one of several processes has it: (has it, server's time in ms).

@@ -88,6 +88,7 @@ class Queries:
             started_at=_time(fields.get("started_at")),
             finished_at=_time(fields.get("finished_at")),
             parent=_parent(fields.get("parent")),
+            cancel_requested="cancel_requested" in fields,
             steps=steps,
         )
 
@@ -151,7 +152,7 @@ class Queries:
                     code=record.get("code"),
                     error=record.get("error"),
                     output=self._value(outputs[n] or "") if with_output else None,
-                    run=nested[n],
+                    run=nested[n] if nested[n] != "~" else None,
                 )
             )
         return found
@@ -232,4 +233,5 @@ def _parent(text: str | None) -> dict[str, Any] | None:
         return None
     parent: dict[str, Any] = json.loads(text)
     parent["index"] = None if parent["index"] < 0 else parent["index"]
+    del parent["attempt"]
     return parent

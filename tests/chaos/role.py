@@ -17,13 +17,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from orchestrator.engine import CHORES, ENDED
 from tests.chaos.record import Harm, Journal
 
 
@@ -43,6 +44,10 @@ def _ledger(verb: str, when: str, counts: Callable[[tuple[Any, ...], Any], bool]
     return Point(_LEDGER + verb, when, counts)
 
 
+def _units(rows: Sequence[str]) -> list[str]:
+    return [row for row in rows if row[0] not in CHORES]
+
+
 POINTS = {
     "fetch.after": Point("orchestrator.brokers.redis:Channel._fetch", "after", lambda _, deliveries: bool(deliveries)),
     "ack.before": Point("orchestrator.brokers.redis:QoS.ack", "before"),
@@ -53,19 +58,19 @@ POINTS = {
     "complete.after": _ledger("complete", "after"),
     "expand.before": _ledger("expand", "before"),
     "expand.after": _ledger("expand", "after"),
-    "publish.before": Point("orchestrator.engine:Engine.publish", "before", lambda given, _: bool(given[3])),
+    "publish.before": Point("orchestrator.engine:Engine.publish", "before", lambda given, _: bool(_units(given[2]))),
     "publish_part.before": Point(
-        "orchestrator.engine:Engine.publish", "before", lambda given, _: any("/" in unit for unit in given[3])
+        "orchestrator.engine:Engine.publish", "before", lambda given, _: any("/" in unit for unit in _units(given[2]))
     ),
     "bulk": Point("kombu.transport.redis:PublishBatch.publish", "after"),
     "clear.before": _ledger("clear", "before"),
     "sweep.after": _ledger("sweep", "after", lambda _, answer: bool(answer[1])),
     "abandon.before": _ledger("abandon", "before"),
-    "abandon.after": _ledger("abandon", "after", lambda _, answer: answer),
+    "abandon.after": _ledger("abandon", "after", lambda _, answer: answer[0]),
     "give_back.after": _ledger("give_back", "after", lambda _, units: bool(units)),
-    "start_index.after": _ledger("_index", "after"),
+    "start_index.after": _ledger("index", "after"),
     "start.after": _ledger("start", "after", lambda _, started: started),
-    "finish.after": _ledger("finish", "after", lambda _, answer: bool(answer[1])),
+    "finish.after": _ledger("finish", "after", lambda _, answer: ENDED in answer.publish),
     "resolve.after": _ledger("resolve", "after", lambda _, answer: bool(answer.publish)),
     "emit.before": Point("orchestrator.bus:EventBus.publish", "before"),
     "mark.before": _ledger("write", "before"),

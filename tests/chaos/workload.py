@@ -237,6 +237,6 @@ class Expected:
         """Return this run and all that are nested in it."""
         found = [self]
         for step, index, kind, params in self.kind.children(self.params):
-            child = Expected(child_run_id(self.run, step, index), KINDS[kind], params, self.run)
+            child = Expected(child_run_id(self.run, step, index, 1), KINDS[kind], params, self.run)
             found += child.family()
         return found

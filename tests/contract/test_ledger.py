@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.expressions import parse
-from orchestrator.ledger import Ledger, Taken, keys
+from orchestrator.ledger import Answer, Ledger, Taken, keys
 from orchestrator.ledger.ledger import How, connect
 from orchestrator.plan import Plan
 from orchestrator.runs import STEP_RUN_MOVES, StepRunState
@@ -51,6 +51,10 @@ def take(ledger: Ledger, run: str, *units: str, how: How = HOW) -> Taken:
     assert answer.verdict == "go", answer
     assert answer.taken is not None
     return answer.taken
+
+
+def resolve(ledger: Ledger, child: str, state: str, *, payload: str) -> Answer:
+    return ledger.resolve("r", "a", -1, 1, child, state, payload=payload, tail="", now_ms=0)
 
 
 def states(ledger: Ledger, run: str) -> dict[str, str]:
@@ -146,7 +150,7 @@ def test_a_takeover_raises_the_fence_and_refuses_who_was_before(ledger: Ledger) 
     assert second.fence > first.fence
     assert ledger.complete("r", first, "failed", how=HOW, inline="").verdict == "refused"
     assert ledger.complete("r", second, "succeeded", how=HOW, inline="").verdict == "ok"
-    assert ledger.renew([("r", "a", first.fence)]) == {("r", "a")}
+    assert ledger.renew([("r", "a", first.fence)])[0] == {("r", "a")}
 
 
 def test_who_slept_past_the_lease_may_commit_if_nobody_took_over(ledger: Ledger) -> None:
@@ -161,11 +165,11 @@ def test_a_lease_that_was_given_up_is_the_holders_again_if_nobody_took_over(ledg
     taken = take(ledger, "r", "a", how=BRIEF)
     time.sleep(0.005)
     assert ledger.sweep("r")[1] == ["a"]
-    assert ledger.renew([("r", "a", taken.fence)]) == set()
+    assert ledger.renew([("r", "a", taken.fence)])[0] == set()
     assert ledger.begin("r", ["a"], OTHER).verdict == "held"  # the message that the sweep had published
     assert ledger.sweep("r", 0)[1] == []
     ledger.complete("r", taken, "succeeded", how=HOW, inline="")
-    assert ledger.renew([("r", "a", taken.fence)]) == set()  # too late: it has ended
+    assert ledger.renew([("r", "a", taken.fence)])[0] == set()  # too late: it has ended
     assert ledger.client.zcard(keys.run_key("r", "leases")) == 0
 
 
@@ -174,10 +178,10 @@ def test_a_part_that_was_given_up_is_the_holders_again_only_for_the_item_in_work
     part = take(ledger, "r", *expand(ledger, "r", "f", 3, size=3).publish, how=BRIEF)
     time.sleep(0.005)
     assert ledger.sweep("r")[1] == [part.unit]
-    assert ledger.renew([("r", part.unit, part.fence)]) == set()
+    assert ledger.renew([("r", part.unit, part.fence)])[0] == set()
     assert ledger.begin("r", [part.unit], OTHER).verdict == "held"
     ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="")  # draining: the rest goes back
-    assert ledger.renew([("r", part.unit, part.fence)]) == set()
+    assert ledger.renew([("r", part.unit, part.fence)])[0] == set()
     assert take(ledger, "r", part.unit).index == 1
 
 
@@ -245,12 +249,12 @@ def test_publishing_again_is_a_move(ledger: Ledger) -> None:
 def test_who_still_runs_a_step_of_a_run_that_was_given_up_is_refused(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b", "a"), step("c"))
     taken = take(ledger, "r", "a")
-    assert ledger.give_up("r", {"type": "RunLost"}) == (True, "")
+    assert ledger.give_up("r", {"type": "RunLost"}) == ["^ended"]
     ledger.log("r", "a", 1, "text")
-    assert ledger.renew([("r", "a", taken.fence)]) == {("r", "a")}
+    assert ledger.renew([("r", "a", taken.fence)])[0] == {("r", "a")}
     assert ledger.complete("r", taken, "succeeded", how=HOW, inline="default").verdict == "refused"
     assert ledger.begin("r", ["c"], HOW).verdict == "done"
-    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="", tail="").verdict == "done"
+    assert resolve(ledger, "child", "succeeded", payload="").verdict == "done"
     assert ledger.outcome("r")[0] == "failed"
     of_the_run = list(ledger.client.scan_iter("orchestrator:{r}:*"))
     assert [key for key in of_the_run if ledger.client.ttl(key) < 0] == []
@@ -310,7 +314,7 @@ def test_who_leads_keeps_the_lead_until_the_lease_runs_out_or_is_given_up(ledger
 def test_a_live_lease_is_not_swept_and_renewing_keeps_it(ledger: Ledger) -> None:
     start(ledger, "r", step("a"))
     taken = take(ledger, "r", "a", how=How('{"worker":"w"', lease_ms=200))
-    assert ledger.renew([("r", "a", taken.fence)], lease_ms=60_000) == set()
+    assert ledger.renew([("r", "a", taken.fence)], lease_ms=60_000)[0] == set()
     time.sleep(0.25)
     assert ledger.sweep("r")[1] == []
 
@@ -334,8 +338,10 @@ def test_a_child_that_died_is_given_up_at_once(ledger: Ledger) -> None:
     fan_out = take(ledger, "r", "f", how=dead)
     answer = ledger.expand("r", fan_out, 2, size=2, max_parallel=0, per=2, chunks=["[1,2]"], how=dead, inline="default")
     assert answer.taken is not None  # it has gone on with the part, and nobody else knows
-    assert sorted(ledger.abandon("r", dead.record)) == ["a", "f/0-2"]
-    assert ledger.abandon("r", dead.record) == []
+    lost, rows = ledger.abandon("r", dead.record, "killed by SIGKILL")
+    assert sorted(lost) == sorted(rows) == ["a", "f/0-2"]
+    assert ledger.abandon("r", dead.record, "again") == ([], [])
+    assert ledger.losses("r", "a")[0]["reason"] == "killed by SIGKILL"
     assert take(ledger, "r", "a").losses == 1
     assert ledger.begin("r", ["b"], HOW).verdict == "held"
 
@@ -435,21 +441,21 @@ def test_a_step_waits_for_its_nested_run_and_takes_its_outcome_once(ledger: Ledg
     assert ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="default").publish == ()
     assert ledger.begin("r", ["a"], HOW).verdict == "done"
     assert ledger.sweep("r", outbox_age_ms=0)[1] == []
-    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="").publish == ("b",)
-    assert ledger.resolve("r", "a", -1, "child", "failed", payload="", tail="").verdict == "done"
+    assert resolve(ledger, "child", "succeeded", payload="7").publish == ("b",)
+    assert resolve(ledger, "child", "failed", payload="").verdict == "done"
 
 
 def test_a_nested_run_may_end_before_its_step_was_noted_as_waiting(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b", "a"))
     taken = take(ledger, "r", "a")
-    assert ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="").publish == ("b",)
+    assert resolve(ledger, "child", "succeeded", payload="7").publish == ("b",)
     assert ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="").verdict == "done"
 
 
 def test_a_nested_run_that_ended_early_leaves_no_lease_to_be_lost(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b", "a"))
     taken = take(ledger, "r", "a")
-    ledger.resolve("r", "a", -1, "child", "succeeded", payload="7", tail="")
+    resolve(ledger, "child", "succeeded", payload="7")
     ledger.complete("r", taken, "waiting", payload="child", how=HOW, inline="")
     assert not ledger.client.exists(keys.run_key("r", "leases"))
 
@@ -520,8 +526,8 @@ def test_after_its_end_every_key_of_a_run_has_a_ttl(ledger: Ledger) -> None:
     g = take(ledger, "r", "g")
     end = ledger.complete("r", g, "succeeded", how=HOW, inline="default").taken
     assert end is not None
-    assert ledger.finish("r", end, "succeeded", payload="1", error="") == ("ok", "")
-    assert ledger.finish("r", end, "failed", payload="1", error="")[0] == "done"
+    assert ledger.finish("r", end, "succeeded", payload="1", error="").publish == ("^ended",)
+    assert ledger.finish("r", end, "failed", payload="1", error="").verdict == "done"
     # A process that woke up late leaves nothing behind either.
     ledger.complete("r", g, "failed", how=HOW, inline="default")
     ledger.log("r", "g", 1, "late")
@@ -654,7 +660,7 @@ def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed
             taken = answer.taken
             inline = "default" if chance.random() < 0.7 else ""
             if taken.unit == END:
-                finished += ledger.finish(run, taken, "succeeded", payload="", error="")[0] == "ok"
+                finished += ledger.finish(run, taken, "succeeded", payload="", error="").verdict == "ok"
                 break
             begun[taken.slot] += 1
             foreach = plan.steps[taken.step].foreach
@@ -697,7 +703,7 @@ def test_a_broken_run_harms_no_other_that_is_looked_at_or_renewed_with_it(ledger
     ledger.client.set(keys.run_key("bad", "outbox"), "no sorted set")
     time.sleep(0.005)
     assert ledger.look(["bad", "good"]) == (["good"], {})
-    assert ledger.renew([("bad", "a", 1), ("good", "a", taken.fence)]) == set()
+    assert ledger.renew([("bad", "a", 1), ("good", "a", taken.fence)])[0] == set()
     assert ledger.client.zcard(keys.run_key("good", "leases")) == 1
 
 

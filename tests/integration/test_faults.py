@@ -303,7 +303,7 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
     watch.round(now + 20)
     assert child.poll() is None
     # Somebody really takes over: now it is ended.
-    assert engine.ledger.abandon("r", HOW.record) == [taken.unit]
+    assert engine.ledger.abandon("r", HOW.record, "killed")[0] == [taken.unit]
     assert engine.ledger.begin("r", [taken.unit], HOW).taken is not None
     watch.round(now + 30)
     watch.round(now + 40)
@@ -338,9 +338,9 @@ def test_what_was_taken_is_watched_while_the_rest_is_published(
     runner = StepRunner(engine, Identity("w", ""), pool="default", slots=slots, slot=0)
     seen = []
 
-    def publish(run: str, plan: Plan, units: Sequence[str]) -> None:
+    def publish(run: str, rows: Sequence[str], *, plan: Plan | None = None) -> None:
         work = slots.read(0)
-        seen.append((list(units), work and work.unit))
+        seen.append((list(rows), work and work.unit))
 
     monkeypatch.setattr(engine, "publish", publish)
     runner.carry("r", ["a"])
@@ -527,7 +527,7 @@ def test_leases_that_ran_out_while_nobody_looked_are_left_to_the_living_for_a_wh
     began = time.monotonic()
     rescuer._seen_ms -= 60_000  # as if nobody had seen the server for a minute
     assert rescuer.round() == 0  # the lease has run out, but its holder may have been kept from renewing it
-    assert engine.ledger.renew([("r", "a", taken.fence)], lease_ms=1) == set()
+    assert engine.ledger.renew([("r", "a", taken.fence)], lease_ms=1)[0] == set()
     wait_until(rescuer.round, "nobody has renewed it", 10)
     assert time.monotonic() - began >= 1.5
     rescuer.stop()

@@ -1,0 +1,402 @@
+"""Going on with a run that has ended: redrive, resume, rerun.
+
+A further *episode* keeps the outputs that are there and runs again what is named, and all that is downstream of it, as if
+nothing had happened. What is to be kept is worked out here, from the record of the episode that has ended and does not
+change any more; the ledger opens the next one only if that is still the last. So of two people who do the same at once
+one has the effect, and the other is told.
+
+A nested run takes the run that waits for it along, and a resumed run the nested ones that have failed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.engine import Engine
+from orchestrator.errors import InputError, NotFoundError, OrchestratorError
+from orchestrator.events import MANUAL
+from orchestrator.ledger import keys
+from orchestrator.plan import Plan
+from orchestrator.runs import RunState, rerun_id
+from orchestrator.workflows import Step
+
+#: Keys of a step that may change without its output being another.
+_HARMLESS = frozenset({"retry", "timeout", "memory", "pool", "max_parallel", "description"})
+_AGAIN = ("failed", "cancelled")
+_KEPT = ("succeeded", "skipped")
+
+
+class InFlightError(OrchestratorError):
+    """The run is going on; what it has left behind can be sent back when it has ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redriven:
+    """What `redrive` did: the slots that run again in this episode, and why others do not."""
+
+    run: str
+    episode: int
+    slots: tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What resuming a run would do: steps whose output is kept, steps that run again with the reason, steps that are gone.
+
+    `definition_changed`: the workflow's definition in force is not the one that the run has.
+    """
+
+    run: str
+    workflow: str
+    episode: int
+    definition_changed: bool
+    keeps: tuple[str, ...]
+    again: Mapping[str, str]
+    gone: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "workflow": self.workflow,
+            "episode": self.episode,
+            "definition_changed": self.definition_changed,
+            "keeps": list(self.keeps),
+            "again": dict(self.again),
+            "gone": list(self.gone),
+        }
+
+
+def redrive(engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriven:
+    """Run failed steps or items (`step/index`) of a run again, in a new episode of it, and what is downstream of them.
+
+    A value that is not None is a JSON object laid over the arguments of the call, by key. Slots that have not failed are
+    skipped. Raises NotFoundError, InFlightError.
+    """
+    record = _Record(engine, run)
+    skipped = {slot: why for slot in slots if (why := record.why_not(slot))}
+    wanted = [slot for slot in slots if slot not in skipped]
+    if not wanted:
+        return Redriven(run=run, episode=record.episode, slots=(), skipped=skipped)
+    chosen = _Choice(record.plan)
+    for slot in wanted:
+        chosen.add(slot)
+    chosen.mended = {
+        slot: engine.payloads.pack(value, f"runs/{run}/{slot}-mended-{record.episode}")
+        for slot in wanted
+        if (value := slots[slot]) is not None
+    }
+    episode = _reopen(engine, record, chosen)
+    return Redriven(run=run, episode=episode, slots=tuple(wanted), skipped=skipped)
+
+
+def check(engine: Engine, run: str, *, keep_definition: bool = False) -> Check:
+    """Say what `resume` would do. Raises NotFoundError, InFlightError, InputError as it does."""
+    record = _Record(engine, run)
+    return _Resuming(engine, record, keep_definition=keep_definition).check()
+
+
+def resume(engine: Engine, run: str, *, keep_definition: bool = False, episode: int | None = None) -> int:
+    """Go on with a run that has failed or was cancelled, in a new episode, and return its number.
+
+    Steps that have failed or never ended run again, and what is downstream of them; the other outputs stay. The definition
+    in force is taken, if it is another, and then changed steps run again, too; with `keep_definition` that of the run is.
+    With `episode` only if that is the last one. Nested runs that have failed are resumed as well.
+    Raises NotFoundError, InFlightError (somebody was faster), InputError (it has succeeded, or never began).
+    """
+    record = _Record(engine, run)
+    if episode is not None and episode != record.episode:
+        raise InFlightError(f"run {run} is in episode {record.episode} by now; look at it again")
+    resuming = _Resuming(engine, record, keep_definition=keep_definition)
+    return _reopen(engine, record, resuming.choice, plan=resuming.plan, run_input=resuming.run_input)
+
+
+def rerun(engine: Engine, run: str) -> str:
+    """Start a new run of the event of another, with the definition in force, and return its id.
+
+    Of two at the same moment one has the effect. Raises NotFoundError, InputError (the event does not fit the definition,
+    or the run is nested).
+    """
+    fields = engine.ledger.client.hgetall(keys.run_key(run, "run"))
+    if not fields:
+        raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
+    if fields.get("parent"):
+        raise InputError(f"run {run} is nested; rerun {json.loads(fields['parent'])['run']}, or resume this one")
+    number = int(fields.get("reruns") or 0) + 1
+    plan = engine.plan(engine.ledger.workflow_plan(fields["workflow"]))
+    event = engine.payloads.unpack(fields["event"])
+    given = event["data"] if event["type"] == MANUAL and isinstance(event.get("data"), dict) else {}
+    params = plan.workflow.resolve_params(given, event)
+    new = rerun_id(run, number)
+    engine.start(new, plan, event=event, params=params)
+    engine.ledger.client.hset(keys.run_key(run, "run"), "reruns", number)
+    return new
+
+
+class _Record:
+    """What is recorded of a run whose episode has ended."""
+
+    def __init__(self, engine: Engine, run: str) -> None:
+        client = engine.ledger.client
+        with client.pipeline(transaction=True) as pipe:
+            pipe.hgetall(keys.run_key(run, "run"))
+            pipe.hgetall(keys.run_key(run, "states"))
+            self.fields, self.states = pipe.execute()
+        self.run = run
+        if not self.fields:
+            raise NotFoundError(f"run {run} is not known, or past its retention; see `orchestrator runs list`")
+        if "left" not in self.fields:
+            raise InputError(f"run {run} failed before its first step; rerun it when its definition fits the event")
+        self.state = RunState(self.fields["state"])
+        if not self.state.is_end:
+            raise InFlightError(
+                f"run {run} is going on; wait for its end (`orchestrator runs wait {run}`), or cancel it"
+            )
+        self.episode = int(self.fields["episode"])
+        self.plan = engine.plan(self.fields["plan"])
+
+    def why_not(self, slot: str) -> str:
+        """Say why a slot cannot run again; empty if it can."""
+        step = slot.partition("/")[0]
+        if step not in self.plan.main:
+            return "it is a hook: resume the run" if step in self.plan.steps else "the run has no such step"
+        state = self.states.get(slot, "scheduled")
+        if state not in _AGAIN:
+            return f"it has not failed: it is {state}"
+        return "its items have failed, not the step: send them back" if f"n:{slot}" in self.states else ""
+
+    def items(self, step: str) -> list[int]:
+        """Return the items of a fan-out that have failed or never ended."""
+        count = int(self.states.get(f"n:{step}", 0))
+        return [index for index in range(count) if self.states.get(f"{step}/{index}") not in _KEPT]
+
+    def child(self, slot: str) -> str:
+        """Return the nested run that a slot has waited for, or empty."""
+        child: str = self.states.get(f"w:{slot}", "")
+        return child if child != "~" else ""
+
+
+class _Choice:
+    """What is to run again: whole steps, items, and slots whose nested run goes on."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.steps: set[str] = set()
+        self.items: dict[str, list[int]] = {}
+        self.waits: dict[str, str] = {}
+        self.mended: dict[str, str] = {}
+        self.gone: list[str] = []
+
+    def add(self, slot: str) -> None:
+        step, _, index = slot.partition("/")
+        if index:
+            self.items.setdefault(step, []).append(int(index))
+        else:
+            self.steps.add(step)
+
+    def to_json(self, record: _Record, run_input: str, parent: str | None) -> dict[str, Any]:
+        """Return what Ledger.reopen takes: closed under "is downstream of"."""
+        begun = self.steps | self.items.keys() | {slot.partition("/")[0] for slot in self.waits}
+        reset = self.steps | self.plan.closure(step for above in begun for step in self.plan.downstream[above])
+        items: dict[str, Any] = {}
+        for step in (self.items.keys() | {slot.partition("/")[0] for slot in self.waits if "/" in slot}) - reset:
+            items[step] = {
+                "items": sorted(self.items.get(step, [])),
+                "waits": {
+                    slot.partition("/")[2]: child
+                    for slot, child in self.waits.items()
+                    if slot.partition("/")[0] == step
+                },
+                "parallel": self.plan.steps[step].max_parallel or 0,
+            }
+        changed = self.plan.hash != record.fields["plan"]
+        return {
+            "plan": self.plan.hash,
+            "input": run_input,
+            "graph": self.plan.graph_rows if changed else None,
+            "reset": [step for step in self.plan.topological() if step in reset],
+            "gone": self.gone,
+            "items": items,
+            "waits": {slot: child for slot, child in self.waits.items() if "/" not in slot and slot not in reset},
+            "mended": self.mended,
+            "timeout_ms": self.plan.timeout_ms,
+            "parent": parent,
+        }
+
+
+class _Resuming:
+    """Works out what of a run can be kept."""
+
+    def __init__(self, engine: Engine, record: _Record, *, keep_definition: bool) -> None:
+        self._record = record
+        if record.state is RunState.SUCCEEDED:
+            raise InputError(
+                f"run {record.run} has succeeded; start it anew with `orchestrator runs rerun {record.run}`"
+            )
+        self.plan = record.plan
+        if not keep_definition:
+            try:
+                self.plan = engine.plan(engine.ledger.workflow_plan(record.fields["workflow"]))
+            except NotFoundError:
+                self.plan = record.plan  # no longer in force: it goes on as it was
+        self.changed = self.plan.hash != record.plan.hash
+        self.run_input: str = record.fields["input"]
+        changed_params = self._resolve_params(engine) if self.changed else frozenset()
+        self.again: dict[str, str] = {}
+        self.choice = _Choice(self.plan)
+        self.choice.gone = [step for step in record.plan.steps if step not in self.plan.steps]
+        for step_id in self.plan.topological():
+            if step_id in self.plan.main:
+                why = self._why_again(self.plan.steps[step_id], changed_params)
+                if why:
+                    self.again[step_id] = why
+                    self._choose(engine, step_id, why)
+
+    def check(self) -> Check:
+        record = self._record
+        return Check(
+            run=record.run,
+            workflow=record.fields["workflow"],
+            episode=record.episode,
+            definition_changed=self.changed,
+            keeps=tuple(step for step in self.plan.main if step not in self.again),
+            again=self.again,
+            gone=tuple(self.choice.gone),
+        )
+
+    def _resolve_params(self, engine: Engine) -> frozenset[str]:
+        """Resolve the parameters of the changed definition; answers those that are not as before."""
+        old = engine.payloads.unpack(self._record.fields["input"]) or {}
+        event = engine.payloads.unpack(self._record.fields["event"])
+        given = {name: value for name, value in old.items() if name in self.plan.workflow.params}
+        new = self.plan.workflow.resolve_params(given, event)
+        self.run_input = engine.payloads.pack(new, f"runs/{self._record.run}/input-{self._record.episode + 1}")
+        return frozenset(name for name in old.keys() | new.keys() if old.get(name, ...) != new.get(name, ...))
+
+    def _why_again(self, step: Step, changed_params: frozenset[str]) -> str:
+        record = self._record
+        for above in self.plan.upstream[step.id]:
+            if above in self.again:
+                return f"runs after {above}"
+        if step.id not in record.plan.main:
+            return "is new"
+        if self.changed:
+            differs = _difference(record.plan.steps[step.id], step)
+            if differs:
+                return f"its definition changed ({', '.join(differs)})"
+            read = self.plan.reads[step.id]
+            if "params" in read.names and (
+                moved := sorted(read.params & changed_params if read.params else changed_params)
+            ):
+                return f"reads params that are others now ({', '.join(moved)})"
+            if self.plan.upstream[step.id] != record.plan.upstream[step.id]:
+                return "what it needs changed"
+        state = record.states.get(step.id, "scheduled")
+        if state in _KEPT:
+            return ""
+        items = record.items(step.id)
+        return f"{len(items)} of its items {'is' if len(items) == 1 else 'are'} missing" if items else f"is {state}"
+
+    def _choose(self, engine: Engine, step_id: str, why: str) -> None:
+        """Take a step as a whole, or only its items, or the nested runs that it waited for."""
+        record = self._record
+        is_whole = why.startswith(("runs after", "its definition", "reads params", "what it needs", "is new"))
+        slots = [step_id]
+        if not is_whole and (items := record.items(step_id)):
+            slots = [f"{step_id}/{index}" for index in items]
+        for slot in slots:
+            child = "" if is_whole else record.child(slot)
+            if child and _can_go_on(engine, child):
+                self.choice.waits[slot] = child
+            else:
+                self.choice.add(slot)
+
+
+def _difference(old: Step, new: Step) -> list[str]:
+    before, after = old.to_json(), new.to_json()
+    return sorted(
+        key for key in before.keys() | after.keys() if key not in _HARMLESS and before.get(key) != after.get(key)
+    )
+
+
+def _can_go_on(engine: Engine, child: str) -> bool:
+    state, left = engine.ledger.client.hmget(keys.run_key(child, "run"), "state", "left")
+    return left is not None and state in _AGAIN
+
+
+def _reopen(
+    engine: Engine,
+    record: _Record,
+    choice: _Choice,
+    *,
+    plan: Plan | None = None,
+    run_input: str | None = None,
+    parent: str | None = None,
+    with_children: bool = True,
+) -> int:
+    """Open the next episode, after those of the runs that wait for this one; answers its number.
+
+    `parent`, if whoever waits for it waits already; not `with_children`, if somebody else reopens those that it waits for.
+    """
+    run = record.run
+    waiting = json.loads(record.fields["parent"]) if parent is None and record.fields.get("parent") else None
+    if waiting is not None:
+        parent = _lift(engine, run, waiting)
+    reopening = choice.to_json(record, run_input if run_input is not None else record.fields["input"], parent)
+    letters = engine.dead_letters.of(run, list(_failed(record, reopening)))
+    engine.ledger.index(run, int(record.fields["created_at"]))
+    answer = engine.ledger.reopen(run, record.episode, reopening)
+    if answer.verdict == "unknown":
+        raise NotFoundError(f"run {run} is past its retention")
+    if answer.verdict != "ok":
+        raise InFlightError(f"run {run} is going on already: somebody was faster")
+    engine.dead_letters.forget(letters)
+    engine.publish(run, answer.publish, plan=plan or record.plan)
+    for slot, child in choice.waits.items() if with_children else ():
+        _resume_child(engine, run, slot, child)
+    if waiting is not None:
+        engine.ledger.clear(waiting["run"], [f"^await:{_slot(waiting)}"])
+    return record.episode + 1
+
+
+def _failed(record: _Record, reopening: Mapping[str, Any]) -> Iterable[str]:
+    """Return the slots that had failed and run again."""
+    for step in (*reopening["reset"], *reopening["gone"]):
+        slots = [step, *(f"{step}/{index}" for index in range(int(record.states.get(f"n:{step}", 0))))]
+        yield from (slot for slot in slots if record.states.get(slot) == "failed")
+    for step, how in reopening["items"].items():
+        yield from (f"{step}/{index}" for index in how["items"] if record.states.get(f"{step}/{index}") == "failed")
+
+
+def _slot(where: Mapping[str, Any]) -> str:
+    return str(where["step"]) if where["index"] < 0 else f"{where['step']}/{where['index']}"
+
+
+def _lift(engine: Engine, child: str, where: Mapping[str, Any]) -> str:
+    """Have the run that waited for a nested one wait again; answers the `parent` of the nested one."""
+    record, slot = _Record(engine, where["run"]), _slot(where)
+    if record.states.get(slot) not in _AGAIN or record.child(slot) != child:
+        raise InFlightError(f"run {record.run}, in which {child} is nested, has gone on without it; resume that one")
+    choice = _Choice(record.plan)
+    choice.waits[slot] = child
+    _reopen(engine, record, choice, with_children=False)
+    return json.dumps({**where, "attempt": engine.ledger.attempts_of(record.run, slot)[0]})
+
+
+def _resume_child(engine: Engine, run: str, slot: str, child: str) -> None:
+    """Resume a nested run whose end a slot waits for; if it cannot be, the slot takes its end as it is."""
+    step, _, index = slot.partition("/")
+    attempt = engine.ledger.attempts_of(run, slot)[0]
+    parent = {"run": run, "step": step, "index": int(index or -1), "attempt": attempt}
+    try:
+        record = _Record(engine, child)
+        resuming = _Resuming(engine, record, keep_definition=False)
+        _reopen(
+            engine, record, resuming.choice, plan=resuming.plan, run_input=resuming.run_input, parent=json.dumps(parent)
+        )
+    except (InFlightError, InputError, NotFoundError):
+        pass  # the chore below looks what has become of it
+    engine.publish(run, [f"^await:{slot}"])
