@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit, urlunsplit
 
-from orchestrator.errors import SettingsError
-from orchestrator.workflows import DEFAULT_POOL, unknown
+from pydantic import ValidationError
+
+from orchestrator import schema
+from orchestrator.errors import SettingsError, unknown
+from orchestrator.workflows import DEFAULT_POOL, Defaults
 
 FILE_NAME = "orchestrator.toml"
 ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
@@ -23,6 +26,8 @@ ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
 #: Schemes of the URLs of servers.
 _REDIS = ("redis", "rediss")
 _AMQP = ("amqp", "amqps")
+
+_SECTIONS = ("settings", "pools", "secrets", "defaults")
 
 _POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
 
@@ -71,6 +76,8 @@ class Settings:
     pools: Mapping[str, PoolSettings] = field(default_factory=dict)
     #: Name -> `env:NAME` or `file:PATH`; what `{{ secrets.NAME }}` reads.
     secrets: Mapping[str, str] = field(default_factory=dict)
+    #: `[defaults]`: what steps take that say nothing themselves, nor their @task or workflow.
+    defaults: Defaults = field(default_factory=Defaults)
 
     @classmethod
     def load(cls, project: Path, *, environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
@@ -82,7 +89,7 @@ class Settings:
         table, problems = _read_file(project / FILE_NAME)
         values: dict[str, Any] = {}
         kinds = _kinds()
-        for section in ("settings", "pools", "secrets"):
+        for section in _SECTIONS:
             if not isinstance(table.get(section, {}), dict):
                 problems.append(f"{FILE_NAME}: {section}: must be a table, as in [{section}]")
                 table[section] = {}
@@ -96,9 +103,10 @@ class Settings:
                 _set(values, kinds, name, value, f"--{name.replace('_', '-')}", problems)
         values["pools"] = _pools(table.get("pools", {}), problems)
         values["secrets"] = _secrets(table.get("secrets", {}), problems)
+        values["defaults"] = _defaults(table.get("defaults", {}), problems)
         for section in table:
-            if section not in ("settings", "pools", "secrets"):
-                problems.append(f"{FILE_NAME}: {unknown('section', section, ['settings', 'pools', 'secrets'])}")
+            if section not in _SECTIONS:
+                problems.append(f"{FILE_NAME}: {unknown('section', section, _SECTIONS)}")
         values["data_dir"] = (project / values.get("data_dir", ".orchestrator")).expanduser().resolve()
         if values.get("fsync", "everysec") not in ("everysec", "always"):
             problems.append(f"fsync must be everysec or always, not {values['fsync']!r}")
@@ -199,7 +207,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _kinds() -> dict[str, Any]:
     kinds = get_type_hints(Settings)
-    return {f.name: kinds[f.name] for f in fields(Settings) if f.name not in ("project", "pools", "secrets")}
+    return {f.name: kinds[f.name] for f in fields(Settings) if f.name not in ("project", *_SECTIONS)}
 
 
 def _set(
@@ -254,3 +262,13 @@ def _secrets(table: Any, problems: list[str]) -> dict[str, str]:
             continue
         secrets[name] = reference
     return secrets
+
+
+def _defaults(table: dict[str, Any], problems: list[str]) -> Defaults:
+    try:
+        return schema.Defaults.model_validate(table).build()
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False):
+            for place, message in schema.shape_faults(("defaults", *map(str, error["loc"])), error):
+                problems.append(f"{FILE_NAME}: {'.'.join(place)}: {message}")
+        return Defaults()

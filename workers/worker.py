@@ -37,7 +37,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
     SIGTERM: takes nothing new, lets steps in progress finish, leaves their successors to others. Raises DefinitionError
     if the project does not load.
     """
-    project = load_project(settings.project, pools=settings.declared_pools)
+    project = load_project(settings.project, pools=settings.declared_pools, defaults=settings.defaults)
     if project.faults:
         raise DefinitionError(project.faults)
     # Celery warns of root because of pickle; nothing here is ever unpickled.

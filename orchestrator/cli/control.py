@@ -16,12 +16,13 @@ import redis
 import structlog
 
 from orchestrator.bus import EventBus
+from orchestrator.cli.access import load
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
-from orchestrator.project import Project, code_files, definition_files, load_in_subprocess
+from orchestrator.project import Project, code_files, definition_files
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.telemetry import configure_logging
@@ -126,7 +127,7 @@ class Control:
         if self._up_pid is not None:
             workflows, _ = read_definitions(self._settings.data_dir)
         else:
-            project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
+            project = load(self._settings)
             if project.faults:
                 raise DefinitionError(project.faults)
             workflows = list(project.workflows.values())
@@ -170,7 +171,7 @@ class Control:
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""
-        project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
+        project = load(self._settings)
         if project.faults:
             say("definitions changed, with faults; those before stay in force:")
             for fault in project.faults:
