@@ -108,6 +108,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say what would be right instead of `name`: the nearest of the known ones, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
 def one_of(allowed: Iterable[str], value: object) -> str:
     """Say that `value` is none of the words that are allowed, and which is nearest."""
     names = [str(name) for name in allowed]

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.durations import parse_duration
-from orchestrator.errors import definition_error, one_of, shorten, unknown
+from orchestrator.errors import definition_error, nearest, one_of, shorten
 
 MOST_ATTEMPTS = 10_000
 
@@ -125,7 +125,7 @@ def read_policy(value: object) -> tuple[RetryPolicy | None, list[tuple[str, str]
         return None, [("", f"must be a mapping, or the number of attempts, not {shorten(value)}")]
     known = {key: value[key] for key in value if key in KEYS}
     values, faults = _check(known)
-    faults += [(str(key), unknown("key", str(key), KEYS)) for key in value if key not in KEYS]
+    faults += [(str(key), f"unknown key {key!r}; {nearest(str(key), KEYS)}") for key in value if key not in KEYS]
     return (None, faults) if faults else (RetryPolicy(**values), [])
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, field_validator
@@ -12,6 +10,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator import workflows
 from orchestrator.durations import parse_duration
+from orchestrator.errors import nearest as nearest
 from orchestrator.errors import one_of, shorten
 from orchestrator.retries import MOST_ATTEMPTS, Jitter, RetryPolicy, read_policy
 from orchestrator.workflows import DEFAULT_POOL, OnFile, Param
@@ -277,13 +276,6 @@ def take_out(data: Any, loc: tuple[int | str, ...]) -> None:
 def later(trigger: str) -> str | None:
     """Say that a trigger belongs to a later version; None if it does not."""
     return f"the {trigger} trigger is not yet in force" if trigger in LATER_TRIGGERS else None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Say what would be right instead of `name`: the nearest of the known ones, or all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
 
 
 _SHAPES = {

@@ -131,7 +131,7 @@ def test_a_number_is_short_for_that_many_attempts():
         (True, "", "must be a mapping, or the number of attempts, not True"),
         ("5", "", "must be a mapping, or the number of attempts, not '5'"),
         ([], "", "must be a mapping, or the number of attempts, not []"),
-        ({"atempts": 5}, "atempts", "unknown key 'atempts'"),
+        ({"nap": 5}, "nap", "unknown key 'nap'; known: maximum_attempts, initial_interval, backoff_coefficient"),
         ({"maximum_atempts": 5}, "maximum_atempts", "did you mean 'maximum_attempts'?"),
         ({"maximum_attempts": 0}, "maximum_attempts", "must be a whole number from 1"),
         ({"maximum_attempts": 1.5}, "maximum_attempts", "must be a whole number from 1"),
