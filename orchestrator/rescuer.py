@@ -15,16 +15,14 @@ from __future__ import annotations
 import threading
 import uuid
 
-import structlog
-
 from orchestrator.brokers import Broker, broker_of
 from orchestrator.celery_app import PRIORITIES, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import NotFoundError, OrchestratorError, UnavailableError
 from orchestrator.service import Service
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 PERIOD_S = 1.0
 _ROLE = "rescuer"

@@ -28,7 +28,7 @@ _REDIS = ("redis", "rediss")
 _AMQP = ("amqp", "amqps")
 
 _SECTIONS = ("settings", "pools", "secrets", "defaults")
-
+_DSN = re.compile(r"(env:.+|file:.+|https?://[^/@\s]+@[^/@\s]+(/[^/@\s]+)*/\d+|)\Z")
 _POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
 
 
@@ -73,6 +73,8 @@ class Settings:
     maximum_losses: int = 5
     #: How often a watched folder is looked through for files that no notification told of.
     rescan_s: float = 30.0
+    #: Where dead letters are reported: a Sentry DSN, or `env:NAME` or `file:PATH` of one; empty: nowhere.
+    sentry_dsn: str = field(default="", repr=False)
     pools: Mapping[str, PoolSettings] = field(default_factory=dict)
     #: Name -> `env:NAME` or `file:PATH`; what `{{ secrets.NAME }}` reads.
     secrets: Mapping[str, str] = field(default_factory=dict)
@@ -126,6 +128,8 @@ class Settings:
             problems.append(f"port must be at most 65535, not {values['port']}")
         if not values.get("host", "x").strip():
             problems.append("host must not be empty; 127.0.0.1 is this machine alone")
+        if not _DSN.match(values.get("sentry_dsn", "")):
+            problems.append("sentry_dsn must be env:NAME, file:PATH or a DSN as https://KEY@HOST/PROJECT")
         problems += [problem for name in ("broker_url", "ledger_url") for problem in _url_problems(name, values)]
         if problems:
             raise SettingsError("; ".join(problems))
@@ -135,6 +139,15 @@ class Settings:
     def has_redis_broker(self) -> bool:
         """Whether messages travel on Redis."""
         return not self.broker_url or _scheme(self.broker_url) in _REDIS
+
+    def read_sentry_dsn(self) -> str:
+        """Return the DSN that `sentry_dsn` is or refers to; empty if none is set. Raises SettingsError, without it."""
+        if not self.sentry_dsn.startswith(("env:", "file:")):
+            return self.sentry_dsn
+        dsn = read_secret(self.sentry_dsn).strip()
+        if not _DSN.match(dsn) or dsn.startswith(("env:", "file:")):
+            raise SettingsError(f"sentry_dsn: what {self.sentry_dsn} holds is no DSN as https://KEY@HOST/PROJECT")
+        return dsn
 
     @property
     def is_embedded(self) -> bool:

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
 from celery import Task
 from celery.exceptions import Reject
 
@@ -43,12 +42,12 @@ from orchestrator.plan import MAX_LINKS, Plan, parts
 from orchestrator.project import resolve_task, takes_context
 from orchestrator.runs import StepError, child_run_id, rfc3339
 from orchestrator.settings import read_secret
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
 from workers.slots import Slots
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -65,6 +64,7 @@ class _RunInfo:
 
     id: str
     plan: Plan
+    event_id: str
     event_payload: str
     input_payload: str
     names: dict[str, Any]
@@ -87,7 +87,7 @@ class _Secrets(Mapping[str, str]):
             raise ExpressionError(f"secret {name!r} is not declared; add it under [secrets] as env:NAME or file:PATH")
         value = read_secret(self._references[name])
         if value:
-            self._captured.secrets.add(value)
+            self._captured.hide(value)
         return value
 
     def __contains__(self, name: object) -> bool:
@@ -225,14 +225,14 @@ class StepRunner:
         if not taken.meta:
             self._runs.move_to_end(run)
             return self._runs[run]
-        workflow, plan, event, run_input, created_ms, episode, _ = taken.meta
+        workflow, plan, event, run_input, created_ms, episode, event_id = taken.meta
         facts = {
             "id": run,
             "workflow": workflow,
             "created_at": rfc3339(int(created_ms)),
             "episode": int(episode),
         }
-        info = _RunInfo(run, self._engine.plan(plan), event, run_input, {"run": facts})
+        info = _RunInfo(run, self._engine.plan(plan), event_id, event, run_input, {"run": facts})
         self._runs[run] = info
         while len(self._runs) > _RUNS_KNOWN:
             self._runs.popitem(last=False)
@@ -279,6 +279,22 @@ class StepRunner:
             return self._insist(lambda: self._finish(info, taken, inputs))
         step = info.plan.steps[taken.step]
         captured = Captured(self._settings.log_bytes)
+        with bound(
+            mask=captured.mask, is_step=True, event_id=info.event_id, run=info.id, workflow=info.plan.workflow.name,
+            step=taken.slot, attempt=taken.attempt, pool=self._pool,
+        ):  # fmt: skip
+            return self._attempt(info, taken, step, captured, names, inputs, links)
+
+    def _attempt(
+        self,
+        info: _RunInfo,
+        taken: Taken,
+        step: Step,
+        captured: Captured,
+        names: dict[str, Any],
+        inputs: list[Any],
+        links: int,
+    ) -> Answer:
         state, payload, tail = "succeeded", "", ""
         try:
             if taken.losses >= self._settings.maximum_losses:
@@ -308,7 +324,7 @@ class StepRunner:
             error = describe_error(exc, self._settings.project)
             error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))
             tail = f',"error":{json.dumps(error.to_json())}'
-            log.info("step_failed", run=info.id, step=taken.slot, error=error.type)
+            log.info("step_failed", error=error.type)
         return self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import redis
-import structlog
 
 from orchestrator.bus import EventBus
 from orchestrator.cli.access import load
@@ -25,11 +24,11 @@ from orchestrator.ledger import keys
 from orchestrator.project import Project, code_files, definition_files
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
-from orchestrator.telemetry import configure_logging
+from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.workflows import Workflow
 from triggers.supervisor import TriggerSupervisor
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
@@ -116,11 +115,12 @@ class Control:
             if has_triggers
             else None
         )
+        self._role = "control" if has_dispatcher and has_triggers else "dispatcher" if has_dispatcher else "trigger"
         self._began: dict[str, float] = {}
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; returns the exit code. Raises DefinitionError if nothing can be loaded."""
-        configure_logging()
+        configure_logging(role=self._role)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         watched = _Watched(self._settings.project)

@@ -19,7 +19,6 @@ from importlib import resources
 from typing import Any
 
 import redis
-import structlog
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
@@ -27,8 +26,9 @@ from orchestrator.errors import NotFoundError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
+from orchestrator.telemetry import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: How long a lease holds without being renewed, and how often whoever runs a unit renews it.
 LEASE_MS = 10_000

@@ -67,6 +67,8 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
         ("[settings]\nhost = ''", "host must not be empty"),
         ("[settings]\nbroker_url = 'redis://:hunter2/x@h:1/0'", "broker_url is not a URL; quote"),
         ("[settings]\nbroker_url = 'redis://:a@hunter2@h:1/0'", "broker_url is not a URL; quote"),
+        ("[settings]\nsentry_dsn = 'https://hunter2@h'", "sentry_dsn must be env:NAME, file:PATH or a DSN"),
+        ("[settings]\nsentry_dsn = 'hunter2'", "sentry_dsn must be env:NAME, file:PATH or a DSN"),
         ("[secrets]\nA = 'hunter2'", "secrets.A: must be env:NAME or file:PATH, never the secret itself"),
         ("defaults = 3", "defaults: must be a table, as in [defaults]"),
         (
@@ -129,3 +131,18 @@ def test_secrets_are_read_by_reference(tmp_path: Path, monkeypatch: pytest.Monke
         read_secret("env:NOT_THERE")
     with pytest.raises(SettingsError, match="No such file"):
         read_secret(f"file:{tmp_path / 'no'}")
+
+
+def test_a_dsn_is_read_where_it_is_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dsn = "https://hunter2@sentry.example/path/42"
+    monkeypatch.setenv("A_DSN", dsn)
+    (tmp_path / "dsn").write_text(f"{dsn}\n")
+    (tmp_path / "odd").write_text("hunter2")
+    for given in (dsn, "env:A_DSN", f"file:{tmp_path / 'dsn'}"):
+        found = load(tmp_path, environ={"ORCHESTRATOR_SENTRY_DSN": given})
+        assert found.read_sentry_dsn() == dsn
+        assert "hunter2" not in repr(found)
+    assert load(tmp_path).read_sentry_dsn() == ""
+    with pytest.raises(SettingsError, match="is no DSN") as error:
+        load(tmp_path, environ={"ORCHESTRATOR_SENTRY_DSN": f"file:{tmp_path / 'odd'}"}).read_sentry_dsn()
+    assert "hunter2" not in str(error.value)
