@@ -14,23 +14,38 @@ if TYPE_CHECKING:
     from orchestrator.context import Context
     from orchestrator.events import Event
     from orchestrator.outputs import errors_of, event, index, item, secrets, state_of
-    from orchestrator.tracing import on, task, workflow
+    from orchestrator.retries import RetryPolicy
+    from orchestrator.signals import Fail, Retry, StepCancelled, StepTimeout
+    from orchestrator.tracing import on, sleep, task, until, workflow
 
 __all__ = [
     "Context",
     "Event",
+    "Fail",
+    "Retry",
+    "RetryPolicy",
+    "StepCancelled",
+    "StepTimeout",
     "errors_of",
     "event",
     "index",
     "item",
     "on",
     "secrets",
+    "sleep",
     "state_of",
     "task",
+    "until",
     "workflow",
 ]
 
-_HOMES = {"Context": "context", "Event": "events", "on": "tracing", "task": "tracing", "workflow": "tracing"}
+_HOMES = {
+    "Context": "context",
+    "Event": "events",
+    "RetryPolicy": "retries",
+    **dict.fromkeys(("Fail", "Retry", "StepCancelled", "StepTimeout"), "signals"),
+    **dict.fromkeys(("on", "sleep", "task", "until", "workflow"), "tracing"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import structlog
 from celery import Celery
 from kombu import Consumer, Queue
 
@@ -18,9 +17,9 @@ from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S,
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
 from orchestrator.settings import mask_url
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _QUEUE = Queue(EVENT_QUEUE, routing_key=EVENT_QUEUE, durable=True)
 #: A connection that was idle may have been closed long ago, which is seen only when it is used.

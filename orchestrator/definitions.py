@@ -22,12 +22,12 @@ from ruamel.yaml.reader import ReaderError
 
 from orchestrator import schema
 from orchestrator.durations import parse_duration as parse_duration
-from orchestrator.errors import ExpressionError, Fault
+from orchestrator.errors import ExpressionError, Fault, shorten
 from orchestrator.expressions import parse
 from orchestrator.patterns import EventPattern, PatternError
-from orchestrator.schema import File, Place, kind_of, shape_message, take_out
+from orchestrator.schema import File, Place, kind_of, shape_faults, take_out
 from orchestrator.schema import json_schema as json_schema
-from orchestrator.workflows import On, OnEvent, Param, Step, TriggerRule, Workflow, shorten
+from orchestrator.workflows import On, OnEvent, Param, Phase, Step, TriggerRule, Workflow
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000  # counted after aliases are written out, so that few bytes cannot become many values
@@ -37,7 +37,14 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class Lines(dict[Place, int]):
-    """Line of each field, by its path (`("steps", "split", "with")`); `()` is the definition as such."""
+    """Line of each field, by its path (`("steps", "split", "with")`); `()` is the definition as such.
+
+    `files` names the file of those parts, by the first name of the path, that stand in another one: hooks in Python.
+    """
+
+    def __init__(self, lines: Mapping[Place, int] | None = None) -> None:
+        super().__init__(lines or {})
+        self.files: dict[str, str] = {}
 
     def at(self, place: Place) -> int | None:
         """Return the line of `place`, or of the nearest thing around it."""
@@ -166,9 +173,9 @@ class _Reading:
                 return File.model_validate(data)
             except ValidationError as exc:
                 for error in exc.errors(include_url=False):
-                    place = tuple(map(str, error["loc"]))
-                    if place not in self.at_fault:
-                        self.fault(place, shape_message(place, error))
+                    for place, message in shape_faults(tuple(map(str, error["loc"])), error):
+                        if place not in self.at_fault:
+                            self.fault(place, message)
                     take_out(data, error["loc"])
         return File(workflow="", steps={})
 
@@ -181,7 +188,13 @@ class _Reading:
             description=file.description,
             on=tuple(found for number, on in enumerate(file.on) if (found := self._on(on, ("on", str(number))))),
             params={name: self._param(param, ("params", name)) for name, param in file.params.items()},
-            steps=tuple(self._step(step, step_id) for step_id, step in file.steps.items()),
+            steps=(
+                *self._steps(Phase.STEPS, file.steps),
+                *self._steps(Phase.ON_FAILURE, file.on_failure),
+                *self._steps(Phase.FINALLY, file.finally_),
+            ),
+            retry=file.retry,
+            timeout_s=file.timeout,
             output=self._template(file.output, ("output",)),
             has_output="output" in given,
         )
@@ -202,18 +215,27 @@ class _Reading:
             return param
         return param.model_copy(update={"default": self._template(param.default, (*place, "default"))})
 
-    def _step(self, step: schema.Step, step_id: str) -> Step:
-        place = ("steps", step_id)
+    def _steps(self, phase: Phase, steps: Mapping[str, schema.Step]) -> Iterable[Step]:
+        return [self._step(step, phase, step_id) for step_id, step in steps.items()]
+
+    def _step(self, step: schema.Step, phase: Phase, step_id: str) -> Step:
+        place = (str(phase), step_id)
         return Step(
             id=step_id,
+            phase=phase,
             task=step.task,
             workflow=step.workflow,
+            sleep=self._template(step.sleep, (*place, "sleep"), instead="?"),
+            until=self._template(step.until, (*place, "until"), instead="?"),
             with_={key: self._template(value, (*place, "with", key)) for key, value in step.with_.items()},
             needs=tuple(step.needs),
             foreach=self._template(step.foreach, (*place, "foreach"), instead=[]),
             max_parallel=step.max_parallel,
             if_=self._template(step.if_, (*place, "if")),
             trigger_rule=TriggerRule(step.trigger_rule),
+            retry=step.retry,
+            timeout_s=step.timeout,
+            memory=step.memory,
             pool=step.pool,
             description=step.description,
         )

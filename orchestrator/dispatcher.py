@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import structlog
-
 from orchestrator.bus import EventBus
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError
@@ -24,10 +22,10 @@ from orchestrator.patterns import EventPattern
 from orchestrator.plan import Plan
 from orchestrator.runs import StepError, run_id
 from orchestrator.service import Service
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import OnEvent, OnFile, Workflow
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def file_source(workflow: str, path: str) -> str:
@@ -94,8 +92,12 @@ class Dispatcher:
         try:
             event = Event.from_json(body)
         except InputError as exc:
-            self._set_aside(raw, str(exc))
+            self._set_aside(raw, str(exc), type(exc))
             return
+        with bound(event_id=event.id):
+            self._insist(event, raw)
+
+    def _insist(self, event: Event, raw: bytes) -> None:
         wait_s = 0.1
         while True:
             try:
@@ -103,17 +105,18 @@ class Dispatcher:
                 self._outage.ends()
                 return
             except UnavailableError as exc:
-                self._outage.begins(exc, event_id=event.id)
+                self._outage.begins(exc)
                 if self._service.stopping.wait(wait_s):
                     raise
                 wait_s = min(wait_s * 2, 5.0)
             except Exception as exc:  # noqa: BLE001 -- trying again would not help it, and would hold up all others
-                self._set_aside(raw, f"it could not be dispatched: {type(exc).__name__}: {exc}")
+                self._set_aside(raw, f"it could not be dispatched: {type(exc).__name__}: {exc}", type(exc))
                 return
 
-    def _set_aside(self, raw: bytes, reason: str) -> None:
+    def _set_aside(self, raw: bytes, reason: str, kind: type[Exception]) -> None:
         self._engine.ledger.set_aside(raw, reason, now_ms())
-        log.error("event_set_aside", reason=reason)
+        # The reason may quote the event.
+        log.error("event_set_aside", error=kind.__name__)
 
     def dispatch(self, event: Event) -> dict[str, str]:
         """Start what an event asks for and return the verdict of each workflow; idempotent.
@@ -122,7 +125,7 @@ class Dispatcher:
         """
         ledger = self._engine.ledger
         if ledger.seen(event):
-            log.info("event_seen_before", event_id=event.id, source=event.source)
+            log.info("event_seen_before", source=event.source)
             return {}
         body = event.to_json()
         verdicts: dict[str, str] = {}
@@ -154,7 +157,8 @@ class Dispatcher:
                 created_ms=now_ms(),
                 error=json.dumps(StepError(type=type(exc).__name__, message=str(exc)).to_json()),
             )
-            log.error("run_refused", run=run, workflow=name, error=str(exc))
+            # Its text quotes the input; the run has it.
+            log.error("run_refused", run=run, workflow=name, error=type(exc).__name__)
             return f"started run {run}, which failed at once: {exc}"
         if started and self._on_start is not None:
             self._on_start(run, name, event)

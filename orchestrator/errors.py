@@ -7,6 +7,8 @@ wrong, which thing it is about and what to do, in one line, because the command 
 
 from __future__ import annotations
 
+import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -86,3 +88,42 @@ class TaskNotFoundError(OrchestratorError):
         self.line = line
         where = f" ({file}:{line})" if file else ""
         super().__init__(f"task {reference!r}: {reason}{where}")
+
+
+def definition_error(*faults: tuple[str, str]) -> DefinitionError:
+    """Return the error for what is wrong, as (field, message), in a call of ours; its place is the caller's file."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return DefinitionError(Fault(file=file, line=line, field=field, message=message) for field, message in faults)
+
+
+# -- The words used everywhere for what is wrong. -------------------------------------------------------------------
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that `name` is not known, and which known one is nearest."""
+    near = difflib.get_close_matches(name, [str(one) for one in known], n=1)
+    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say what would be right instead of `name`: the nearest of the known ones, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+def one_of(allowed: Iterable[str], value: object) -> str:
+    """Say that `value` is none of the words that are allowed, and which is nearest."""
+    names = [str(name) for name in allowed]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"must be one of {', '.join(names)}, not {shorten(value)}{hint}"
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return a `repr` of at most about `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -88,15 +88,19 @@ _ENVIRONMENT = _environment()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """What an expression reads: `names` (reserved ones and step outputs), `steps` (ids used as `steps.X`), `params`."""
+    """What an expression reads: `names` (reserved ones, step outputs), and X by `steps.X`, `params.X` and `run.X`."""
 
     names: frozenset[str] = frozenset()
     steps: frozenset[str] = frozenset()
     params: frozenset[str] = frozenset()
+    run: frozenset[str] = frozenset()
 
     def __or__(self, other: References) -> References:
         return References(
-            names=self.names | other.names, steps=self.steps | other.steps, params=self.params | other.params
+            names=self.names | other.names,
+            steps=self.steps | other.steps,
+            params=self.params | other.params,
+            run=self.run | other.run,
         )
 
     @property
@@ -223,13 +227,17 @@ def _references(kind: str, source: str) -> References:
     if sum(node.name == "steps" for node in tree.find_all(nodes.Name)) != reads_of_steps:
         raise ExpressionError(f"bad expression {source!r}: write steps.NAME with the step's name as it is")
     methods = {id(call.node) for call in tree.find_all(nodes.Call)}
-    params = {
-        read.attr
-        for read in tree.find_all(nodes.Getattr)
-        if isinstance(read.node, nodes.Name) and read.node.name == "params" and id(read) not in methods
-    }
+    attributes: dict[str, set[str]] = {"params": set(), "run": set()}
+    for read in tree.find_all(nodes.Getattr):
+        if isinstance(read.node, nodes.Name) and read.node.name in attributes and id(read) not in methods:
+            attributes[read.node.name].add(read.attr)
     names = frozenset(undeclared) - {"steps", *_GLOBALS}
-    return References(names=names, steps=frozenset(by_name), params=frozenset(params))
+    return References(
+        names=names,
+        steps=frozenset(by_name),
+        params=frozenset(attributes["params"]),
+        run=frozenset(attributes["run"]),
+    )
 
 
 def evaluate(template: Any, names: Mapping[str, Any]) -> Any:

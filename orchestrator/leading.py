@@ -8,14 +8,12 @@ from __future__ import annotations
 import threading
 import uuid
 
-import structlog
-
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.service import Service
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: Pause after a turn that has failed, and of who follows.
 _PAUSE_S = 1.0

@@ -36,7 +36,7 @@ from orchestrator.schema import nearest
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
 from orchestrator.tracing import Task, WorkflowFunction
-from orchestrator.workflows import On, OnFile, Step, Workflow, find_cycle
+from orchestrator.workflows import Defaults, On, OnFile, Step, Workflow, find_cycle
 
 LOAD_TIMEOUT_S = 60.0
 
@@ -72,15 +72,20 @@ def find_project(start: Path) -> Path:
 # -- Loading. -------------------------------------------------------------------------------------------------
 
 
-def load_project(root: Path, *, pools: Collection[str] | None = None) -> Project:
+_NO_DEFAULTS = Defaults()
+
+
+def load_project(root: Path, *, pools: Collection[str] | None = None, defaults: Defaults = _NO_DEFAULTS) -> Project:
     """Load and check the whole project; imports its Python in this process. What is wrong is in `faults`.
 
-    `pools` are the pools that steps may name; None: any. Raises NotFoundError if `root` is no directory.
+    `pools` are the pools that steps may name; None: any. `defaults` are the project's: what a step's retry, timeout
+    and memory are if neither the step says it nor its @task nor, for retry, its workflow.
+    Raises NotFoundError if `root` is no directory.
     """
     root = root.resolve()
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
-    return _Loading(root, pools).load()
+    return _Loading(root, pools, defaults).load()
 
 
 class _Named(NamedTuple):
@@ -90,9 +95,10 @@ class _Named(NamedTuple):
 
 
 class _Loading:
-    def __init__(self, root: Path, pools: Collection[str] | None) -> None:
+    def __init__(self, root: Path, pools: Collection[str] | None, defaults: Defaults) -> None:
         self.root = root
         self.pools = pools
+        self.defaults = defaults
         self.faults: dict[Fault, None] = {}
         self.definitions: list[tuple[str, Definition]] = []
         self.registered: dict[str, Task] = {}
@@ -120,15 +126,16 @@ class _Loading:
             for fault in definition.faults:
                 self._fault(fault)
         named = self._by_name()
-        sound: dict[str, tuple[str, Workflow]] = {}
+        sound: dict[str, tuple[set[str], Workflow]] = {}
         for file, definition in self.definitions:
             if definition.workflow is not None:
                 checked = self._check(file, definition, definition.workflow, named)
-                sound.setdefault(checked.name, (file, checked))
+                files = {file, *(relative(self.root, other) for other in definition.lines.files.values())}
+                sound.setdefault(checked.name, (files, checked))
         self._check_circles(named)
         faults = sorted(self.faults, key=lambda fault: (fault.file, fault.line or 0))
         at_fault = {fault.file for fault in faults}
-        good = {name: workflow for name, (file, workflow) in sound.items() if file not in at_fault}
+        good = {name: workflow for name, (files, workflow) in sound.items() if not files & at_fault}
         return Project(root=self.root, workflows=good, faults=faults, code_hash=digest)
 
     def _fault(self, fault: Fault) -> None:
@@ -184,23 +191,27 @@ class _Loading:
 
         def fault(message: str, *place: str) -> None:
             line = definition.lines.at(place)
-            self._fault(Fault(file=file, line=line, field=".".join(place), message=message))
+            where = definition.lines.files.get(place[0], file)
+            self._fault(Fault(file=where, line=line, field=".".join(place), message=message))
 
         steps = []
         for step in workflow.steps:
-            place = ("steps", step.id)
-            if step.task is not None and f"steps.{step.id}.task" not in at_fault:
+            name = ".".join(step.place)
+            decorated = None
+            if step.task is not None and f"{name}.task" not in at_fault:
                 step = self._check_task(step, file, definition, fault)
-            if step.workflow is not None and f"steps.{step.id}.workflow" not in at_fault:
+                decorated = self._decorated(str(step.task))
+            if step.workflow is not None and f"{name}.workflow" not in at_fault:
                 self._check_nested(step, named, fault)
-            if self.pools is not None and step.pool not in self.pools and f"steps.{step.id}.pool" not in at_fault:
-                fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *place, "pool")
-            steps.append(step)
+            if self.pools is not None and step.pool not in self.pools and f"{name}.pool" not in at_fault:
+                fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *step.place, "pool")
+            of_task = decorated.defaults if decorated is not None else _NO_DEFAULTS
+            steps.append(step.with_defaults(of_task, Defaults(retry=workflow.retry), self.defaults))
         on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         return replace(workflow, steps=tuple(steps), on=on)
 
     def _check_task(self, step: Step, file: str, definition: Definition, fault: Callable[..., None]) -> Step:
-        reference, place = str(step.task), ("steps", step.id)
+        reference, place = str(step.task), step.place
         task = self.registered.get(reference)
         if task is not None:
             reference = task.reference
@@ -232,7 +243,7 @@ class _Loading:
         return found if isinstance(found, Task) else None
 
     def _check_nested(self, step: Step, named: Mapping[str, _Named], fault: Callable[..., None]) -> None:
-        name, place = str(step.workflow), ("steps", step.id)
+        name, place = str(step.workflow), step.place
         if name not in named:
             fault(f"unknown workflow {name!r}; {nearest(name, named)}", *place, "workflow")
             return
@@ -270,14 +281,18 @@ class _Loading:
 
 
 def load_in_subprocess(
-    root: Path, pools: Collection[str] | None = None, *, timeout_s: float = LOAD_TIMEOUT_S
+    root: Path,
+    pools: Collection[str] | None = None,
+    *,
+    defaults: Defaults = _NO_DEFAULTS,
+    timeout_s: float = LOAD_TIMEOUT_S,
 ) -> Project:
     """As `load_project`, in a new process; a module that ends it, or hangs it for `timeout_s`, is a fault."""
     root = root.resolve()
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
-    names = json.dumps(None if pools is None else sorted(pools))
-    command = python_command("from orchestrator.project import main; main(sys.argv[1:])", str(root), names)
+    options = json.dumps({"pools": None if pools is None else sorted(pools), "defaults": defaults.to_json()})
+    command = python_command("from orchestrator.project import main; main(sys.argv[1:])", str(root), options)
     command[1:1] = ["-X", "faulthandler"]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -321,10 +336,15 @@ def _blame(root: Path, reason: str, err: bytes) -> Fault:
 
 
 def main(arguments: list[str]) -> None:
-    """Load the project ROOT (with POOLS, a JSON list or null) and print it as one JSON object; ends the process."""
+    """Load the project ROOT and print it as one JSON object; ends the process.
+
+    OPTIONS, if given, is a JSON object: `pools` (a list or null) and `defaults`, as `load_project` takes them.
+    """
+    options = json.loads(arguments[1]) if arguments[1:] else {}
+    defaults = Defaults.from_json(options.get("defaults", {}))
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)  # whatever else writes to stdout, in any language, writes to stderr
-        project = load_project(Path(arguments[0]), pools=json.loads(arguments[1]) if arguments[1:] else None)
+        project = load_project(Path(arguments[0]), pools=options.get("pools"), defaults=defaults)
         faults = [list(asdict(fault).values()) for fault in project.faults]
         workflows = [workflow.to_json() for workflow in project.workflows.values()]
         json.dump({"workflows": workflows, "faults": faults, "code_hash": project.code_hash}, answer)

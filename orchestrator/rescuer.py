@@ -11,15 +11,15 @@ It also has the broker give back messages whose consumers are gone, when no work
 
 from __future__ import annotations
 
-import structlog
 
 from orchestrator.brokers import Broker, broker_of
 from orchestrator.celery_app import PRIORITIES, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import NotFoundError, OrchestratorError, UnavailableError
 from orchestrator.leading import LeadingService
+from orchestrator.telemetry import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 PERIOD_S = 1.0
 _HOUSEKEEPING_ROUNDS = 600

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from orchestrator import workflows
 from orchestrator.durations import parse_duration
-from orchestrator.workflows import DEFAULT_POOL, OnFile, Param, shorten
+from orchestrator.errors import nearest as nearest
+from orchestrator.errors import one_of, shorten
+from orchestrator.retries import MOST_ATTEMPTS, Jitter, RetryPolicy, read_policy
+from orchestrator.workflows import DEFAULT_POOL, OnFile, Param
 
-#: Keys that belong to later versions: known, so that the answer is not "unknown key".
-LATER_KEYS = frozenset({"retry", "timeout", "finally", "on_failure"})
+#: Triggers of later versions: known, so that the answer is not "unknown key".
 LATER_TRIGGERS = frozenset({"s3", "webhook", "schedule", "queue", "run"})
 
 Place = tuple[str, ...]
 
 _SIZE = re.compile(r"(\d+)\s*(B|[KMG]i?B|)\Z", re.IGNORECASE | re.ASCII)
 _SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+_LEAST_MEMORY, _MOST_MEMORY = 10**6, 10**15
 
 
 def parse_size(size: str | int) -> int:
@@ -33,6 +37,29 @@ def parse_size(size: str | int) -> int:
     return size
 
 
+def parse_timeout(value: str | float) -> float:
+    """Return the seconds of a timeout. Raises ValueError for what is no duration, and for 0."""
+    seconds = parse_duration(value).total_seconds()
+    if not seconds:
+        raise ValueError(f"must be more than 0, not {value!r}")
+    return seconds
+
+
+def parse_memory(value: str | int) -> int:
+    """Return the bytes of a limit of memory. Raises ValueError for what no process can live with, or can have."""
+    size = parse_size(value)
+    if not _LEAST_MEMORY <= size <= _MOST_MEMORY:
+        raise ValueError(f"must be from 1MB to 1000000GB, such as 512MB, not {value!r}")
+    return size
+
+
+def _policy(value: object) -> RetryPolicy | None:
+    policy, faults = read_policy(value)
+    if faults:
+        raise PydanticCustomError("retry_policy", "is no retry policy", {"faults": faults})
+    return policy
+
+
 def _long_param(value: object) -> object:
     """Turn the short form `name: string` into the long one."""
     if not isinstance(value, str):
@@ -43,20 +70,46 @@ def _long_param(value: object) -> object:
 
 
 _TYPE_NAMES: tuple[str, ...] = get_args(get_args(Param.model_fields["type"].annotation)[0])
+_DURATION: dict[str, Any] = {
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^[0-9.]+ *(ms|[smhd])?$"}]
+}
+_SIZE_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]+ *([kKmMgG]i?)?[bB]?$"}]
+}
+_ATTEMPTS = {"type": "integer", "minimum": 1, "maximum": MOST_ATTEMPTS}
+_ERRORS = {"type": "array", "items": {"type": "string"}}
+_RETRY_FIELDS: dict[str, dict[str, Any]] = {
+    "maximum_attempts": {"description": "How many attempts, the first one included.", "default": 3, **_ATTEMPTS},
+    "initial_interval": {"description": "Pause after the first attempt.", "default": "1s", **_DURATION},
+    "backoff_coefficient": {
+        "description": "What the pause grows by with each attempt.", "default": 2, "type": "number", "minimum": 1
+    },
+    "maximum_interval": {"description": "What the pause does not grow beyond.", "default": "5m", **_DURATION},
+    "jitter": {
+        "description": "What of a pause is left to chance: all of it, its second half, nothing.",
+        "default": "full",
+        "enum": [str(jitter) for jitter in Jitter],
+    },
+    "non_retryable_errors": {"description": "Errors, by class or base class, that are not tried again.", **_ERRORS},
+    "retryable_errors": {"description": "The only errors that are tried again; else all are.", **_ERRORS},
+}  # fmt: skip
 _Seconds = Annotated[
     float | None,
     PlainValidator(lambda value: parse_duration(value).total_seconds()),
+    WithJsonSchema(_DURATION),
+]
+_Bytes = Annotated[int, PlainValidator(parse_size), WithJsonSchema(_SIZE_SCHEMA)]
+_Retry = Annotated[
+    RetryPolicy | None,
+    PlainValidator(_policy),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^[0-9.]+ *(ms|[smhd])?$"}]}
+        {"anyOf": [_ATTEMPTS, {"type": "object", "additionalProperties": False, "properties": _RETRY_FIELDS}]}
     ),
 ]
-_Bytes = Annotated[
-    int,
-    PlainValidator(parse_size),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]+ *([kKmMgG]i?)?[bB]?$"}]}
-    ),
-]
+_Timeout = Annotated[float | None, PlainValidator(parse_timeout), WithJsonSchema(_DURATION)]
+_Memory = Annotated[int | None, PlainValidator(parse_memory), WithJsonSchema(_SIZE_SCHEMA)]
+_Sleep = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})]
+_Until = Annotated[Any, WithJsonSchema({"type": "string"})]
 _Foreach = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array"}, {"type": "string"}]})]
 _If = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boolean"}]})]
 _Param = Annotated[Param, BeforeValidator(_long_param, json_schema_input_type=Param | Literal[_TYPE_NAMES])]
@@ -100,15 +153,33 @@ class On(_Model):
     event: dict[str, Any] | None = Field(default=None, description="EventBridge-style pattern of events.")
 
 
-class Step(_Model):
-    """One step: a task to call, or a workflow to run."""
+class Defaults(_Model):
+    """What `[defaults]` of a project and `@task` can say of steps."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["task"]}, {"required": ["workflow"]}]})
+    retry: _Retry = None
+    timeout: _Timeout = None
+    memory: _Memory = None
+
+    def build(self) -> workflows.Defaults:
+        """Return the domain's form of it."""
+        return workflows.Defaults(retry=self.retry, timeout_s=self.timeout, memory=self.memory)
+
+
+class Step(_Model):
+    """One step: a task to call, a workflow to run, or a time to wait for."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": [kind]} for kind in ("task", "workflow", "sleep", "until")]}
+    )
 
     task: str | None = Field(
         default=None, min_length=1, description="`module:function` in this project, or a registered name."
     )
     workflow: str | None = Field(default=None, min_length=1, description="Name of a workflow to run as this step.")
+    sleep: _Sleep = Field(default=None, description="Wait that long: a duration, or an expression for one.")
+    until: _Until = Field(
+        default=None, description="Wait for a time: RFC 3339 with its zone, or an expression for one."
+    )
     with_: dict[str, Any] = Field(default={}, alias="with", description="Arguments by name; may hold expressions.")
     needs: list[str] = Field(default=[], description="Steps that must end first, besides those in expressions.")
     foreach: _Foreach = Field(default=None, description="List, or expression for one: the step runs per `item`.")
@@ -119,6 +190,9 @@ class Step(_Model):
     trigger_rule: Literal["all_success", "all_done", "one_failed", "none_failed"] = Field(
         default="all_success", description="When the step may start, given how the steps before it ended."
     )
+    retry: _Retry = Field(default=None, description="How often a failed attempt is tried again; a number for short.")
+    timeout: _Timeout = Field(default=None, description="How long one attempt may take: seconds, 500ms, 1s, 5m.")
+    memory: _Memory = Field(default=None, description="How much memory an attempt may use: bytes, 512MB, 2GiB.")
     pool: str = Field(default=DEFAULT_POOL, min_length=1, description="Worker pool that runs the step.")
     description: str = Field(default="", description="For people.")
 
@@ -130,7 +204,15 @@ class File(_Model):
     description: str = Field(default="", description="For people.")
     on: list[On] = Field(default=[], description="What starts runs.")
     params: dict[str, _Param] = Field(default={}, description="Typed parameters; `name: string` for short.")
+    retry: _Retry = Field(default=None, description="What steps without a `retry` of their own take.")
+    timeout: _Timeout = Field(default=None, description="How long a run may take: seconds, 500ms, 1s, 5m.")
     steps: dict[str, Step] = Field(description="The steps, by id.", json_schema_extra={"minProperties": 1})
+    on_failure: dict[str, Step] = Field(
+        default={}, min_length=1, description="Steps that run when the run has failed; may read `run.failures`."
+    )
+    finally_: dict[str, Step] = Field(
+        default={}, alias="finally", min_length=1, description="Steps that run last, whatever came of the run."
+    )
     output: Any = Field(
         default=None, description="What a run gives; else its only last step's output, or a mapping of theirs."
     )
@@ -164,6 +246,9 @@ def _tidy(schema: Any) -> Any:
     return tidied
 
 
+_PHASES = tuple(workflows.Phase)
+
+
 def take_out(data: Any, loc: tuple[int | str, ...]) -> None:
     """Take out of `data` what is at fault, so that the rest can be read; put in what cannot be absent."""
     *around, last = loc
@@ -178,34 +263,19 @@ def take_out(data: Any, loc: tuple[int | str, ...]) -> None:
         last = around.pop()
     if loc in (("workflow",), ("steps",)):
         holders[-1][last] = "" if last == "workflow" else {}
-    elif (loc[0] == "on" and loc[-2:] == ("file", "path")) or (len(loc) == 3 and last in ("task", "workflow")):
+    elif (loc[0] == "on" and loc[-2:] == ("file", "path")) or (
+        len(loc) == 3 and loc[0] in _PHASES and last in ("task", "workflow", "sleep", "until")
+    ):
         holders[-1][last] = "?"
-    elif isinstance(holders[-1], list) or (len(loc) == 2 and loc[0] == "steps"):
+    elif isinstance(holders[-1], list) or (len(loc) == 2 and loc[0] in _PHASES):
         holders[-1][last] = {}
     else:
         holders[-1].pop(last, None)
 
 
-def later(key: str, *, trigger: bool = False) -> str | None:
-    """Say that `key` belongs to a later version; None if it does not."""
-    if trigger:
-        return f"the {key} trigger is not yet in force" if key in LATER_TRIGGERS else None
-    return f"`{key}` is not yet in force" if key in LATER_KEYS else None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Say what would be right instead of `name`: the nearest of the known ones, or all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
-
-
-def one_of(allowed: Iterable[str], value: object) -> str:
-    """Say that `value` is none of the words that are allowed, and which is nearest."""
-    names = list(allowed)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"must be one of {', '.join(names)}, not {shorten(value)}{hint}"
+def later(trigger: str) -> str | None:
+    """Say that a trigger belongs to a later version; None if it does not."""
+    return f"the {trigger} trigger is not yet in force" if trigger in LATER_TRIGGERS else None
 
 
 _SHAPES = {
@@ -226,12 +296,18 @@ def kind_of(value: object) -> str:
     return kinds.get(type(value), shorten(value))
 
 
-def shape_message(place: Place, error: ErrorDetails) -> str:
-    """Say in our words what pydantic found wrong at `place`."""
+def shape_faults(place: Place, error: ErrorDetails) -> list[tuple[Place, str]]:
+    """Return what pydantic found wrong at `place`, in our words, and where; several things for a retry policy."""
+    if error["type"] == "retry_policy":
+        return [((*place, key) if key else place, message) for key, message in error["ctx"]["faults"]]
+    return [(place, _shape_message(place, error))]
+
+
+def _shape_message(place: Place, error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key, known = place[-1], _known_keys(place[:-1])
-        return later(key, trigger=place[0] == "on") or f"unknown key {key!r}; {nearest(key, known)}"
+        return (later(key) if place[0] == "on" else None) or f"unknown key {key!r}; {nearest(key, known)}"
     if kind == "missing":
         return "is required, and is missing"
     if kind in _SHAPES:
@@ -239,7 +315,7 @@ def shape_message(place: Place, error: ErrorDetails) -> str:
         return f"must be {wanted}, not {kind_of(error['input'])}"
     if kind == "literal_error":
         return one_of(context["expected"].split("'")[1::2], error["input"])
-    if kind == "string_too_short":
+    if kind in ("string_too_short", "too_short"):
         return "must not be empty"
     return str(context["error"]) if kind == "value_error" else error["msg"]
 
@@ -247,5 +323,6 @@ def shape_message(place: Place, error: ErrorDetails) -> str:
 def _known_keys(place: Place) -> list[str]:
     model: type[BaseModel] = File
     if place:
-        model = {"steps": Step, "on": On if len(place) == 2 else FileTrigger, "params": Param}[place[0]]
+        models = {"on": On if len(place) == 2 else FileTrigger, "params": Param, "defaults": Defaults}
+        model = models.get(place[0], Step)
     return [field.alias or name for name, field in model.model_fields.items()]

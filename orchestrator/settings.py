@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit, urlunsplit
 
-from orchestrator.errors import SettingsError
-from orchestrator.workflows import DEFAULT_POOL, unknown
+from pydantic import ValidationError
+
+from orchestrator import schema
+from orchestrator.errors import SettingsError, unknown
+from orchestrator.workflows import DEFAULT_POOL, Defaults
 
 FILE_NAME = "orchestrator.toml"
 ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
@@ -24,6 +27,8 @@ ENVIRONMENT_PREFIX = "ORCHESTRATOR_"
 _REDIS = ("redis", "rediss")
 _AMQP = ("amqp", "amqps")
 
+_SECTIONS = ("settings", "pools", "secrets", "defaults")
+_DSN = re.compile(r"(env:.+|file:.+|https?://[^/@\s]+@[^/@\s]+(/[^/@\s]+)*/\d+|)\Z")
 _POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
 
 
@@ -68,9 +73,13 @@ class Settings:
     maximum_losses: int = 5
     #: How often a watched folder is looked through for files that no notification told of.
     rescan_s: float = 30.0
+    #: Where dead letters are reported: a Sentry DSN, or `env:NAME` or `file:PATH` of one; empty: nowhere.
+    sentry_dsn: str = field(default="", repr=False)
     pools: Mapping[str, PoolSettings] = field(default_factory=dict)
     #: Name -> `env:NAME` or `file:PATH`; what `{{ secrets.NAME }}` reads.
     secrets: Mapping[str, str] = field(default_factory=dict)
+    #: `[defaults]`: what steps take that say nothing themselves, nor their @task or workflow.
+    defaults: Defaults = field(default_factory=Defaults)
 
     @classmethod
     def load(cls, project: Path, *, environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
@@ -82,7 +91,7 @@ class Settings:
         table, problems = _read_file(project / FILE_NAME)
         values: dict[str, Any] = {}
         kinds = _kinds()
-        for section in ("settings", "pools", "secrets"):
+        for section in _SECTIONS:
             if not isinstance(table.get(section, {}), dict):
                 problems.append(f"{FILE_NAME}: {section}: must be a table, as in [{section}]")
                 table[section] = {}
@@ -96,9 +105,10 @@ class Settings:
                 _set(values, kinds, name, value, f"--{name.replace('_', '-')}", problems)
         values["pools"] = _pools(table.get("pools", {}), problems)
         values["secrets"] = _secrets(table.get("secrets", {}), problems)
+        values["defaults"] = _defaults(table.get("defaults", {}), problems)
         for section in table:
-            if section not in ("settings", "pools", "secrets"):
-                problems.append(f"{FILE_NAME}: {unknown('section', section, ['settings', 'pools', 'secrets'])}")
+            if section not in _SECTIONS:
+                problems.append(f"{FILE_NAME}: {unknown('section', section, _SECTIONS)}")
         values["data_dir"] = (project / values.get("data_dir", ".orchestrator")).expanduser().resolve()
         if values.get("fsync", "everysec") not in ("everysec", "always"):
             problems.append(f"fsync must be everysec or always, not {values['fsync']!r}")
@@ -118,6 +128,8 @@ class Settings:
             problems.append(f"port must be at most 65535, not {values['port']}")
         if not values.get("host", "x").strip():
             problems.append("host must not be empty; 127.0.0.1 is this machine alone")
+        if not _DSN.match(values.get("sentry_dsn", "")):
+            problems.append("sentry_dsn must be env:NAME, file:PATH or a DSN as https://KEY@HOST/PROJECT")
         problems += [problem for name in ("broker_url", "ledger_url") for problem in _url_problems(name, values)]
         if problems:
             raise SettingsError("; ".join(problems))
@@ -127,6 +139,15 @@ class Settings:
     def has_redis_broker(self) -> bool:
         """Whether messages travel on Redis."""
         return not self.broker_url or _scheme(self.broker_url) in _REDIS
+
+    def read_sentry_dsn(self) -> str:
+        """Return the DSN that `sentry_dsn` is or refers to; empty if none is set. Raises SettingsError, without it."""
+        if not self.sentry_dsn.startswith(("env:", "file:")):
+            return self.sentry_dsn
+        dsn = read_secret(self.sentry_dsn).strip()
+        if not _DSN.match(dsn) or dsn.startswith(("env:", "file:")):
+            raise SettingsError(f"sentry_dsn: what {self.sentry_dsn} holds is no DSN as https://KEY@HOST/PROJECT")
+        return dsn
 
     @property
     def is_embedded(self) -> bool:
@@ -199,7 +220,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _kinds() -> dict[str, Any]:
     kinds = get_type_hints(Settings)
-    return {f.name: kinds[f.name] for f in fields(Settings) if f.name not in ("project", "pools", "secrets")}
+    return {f.name: kinds[f.name] for f in fields(Settings) if f.name not in ("project", *_SECTIONS)}
 
 
 def _set(
@@ -254,3 +275,13 @@ def _secrets(table: Any, problems: list[str]) -> dict[str, str]:
             continue
         secrets[name] = reference
     return secrets
+
+
+def _defaults(table: dict[str, Any], problems: list[str]) -> Defaults:
+    try:
+        return schema.Defaults.model_validate(table).build()
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False):
+            for place, message in schema.shape_faults(("defaults", *map(str, error["loc"])), error):
+                problems.append(f"{FILE_NAME}: {'.'.join(place)}: {message}")
+        return Defaults()

@@ -6,12 +6,11 @@ worker and no message. A run that the set does not name (its writer died in betw
 
 from __future__ import annotations
 
-import structlog
-
 from orchestrator.errors import NotFoundError
 from orchestrator.leading import LeadingService
+from orchestrator.telemetry import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: How late, at most, something is that another process has put in meanwhile.
 PERIOD_S = 0.2

@@ -9,11 +9,15 @@
 
 Outside a workflow a task is the plain function. Inside, a call adds a step and returns an `Output` (outputs.py), which
 stands for what the step will give. `total.map(xs)` is `foreach`: the function's first parameter gets each item; other
-arguments are given by keyword. `total.options(id=..., if_=..., needs=[...], trigger_rule=..., pool=...,
-max_parallel=..., description=...)(xs)` says the rest. A workflow that is called inside another one is a nested run.
+arguments are given by keyword. `total.options(id=..., if_=..., needs=[...], trigger_rule=..., retry=..., timeout=...,
+memory=..., pool=..., max_parallel=..., description=...)(xs)` says the rest. A workflow that is called inside another
+one is a nested run. `sleep("1h")` and `until(event.data["due"])` add steps that wait.
+
+`@workflow(on_failure=tell, finally_=clean)` names plain functions that draw the steps of those hooks. Their parameters
+are given by name: `event`, `run`, the workflow's parameters, and the ids of its steps, which stand for their outputs.
 
 Functions are traced when the project is loaded, not when they are decorated: what is wrong is collected. Only what is
-wrong in a decorator itself (`@task(retry=3)`, `on.file(settle="soon")`) raises at once, a DefinitionError.
+wrong in a decorator itself (`@task(timeout=0)`, `on.file(settle="soon")`) raises at once, a DefinitionError.
 """
 
 from __future__ import annotations
@@ -27,30 +31,47 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, overload
 
 from pydantic import ValidationError
 
 from orchestrator import schema
 from orchestrator.definitions import Definition, Lines, pattern_faults
-from orchestrator.errors import DefinitionError, ExpressionError, Fault, TracingError
+from orchestrator.errors import ExpressionError, Fault, TracingError, definition_error
 from orchestrator.expressions import references
 from orchestrator.outputs import Output, Outputs
-from orchestrator.schema import FileTrigger, Place, later, nearest, shape_message
+from orchestrator.retries import RetryPolicy
+from orchestrator.schema import FileTrigger, Place, later, nearest, shape_faults
 from orchestrator.signatures import CONTEXT, argument_faults, param_of, parameters_of
-from orchestrator.workflows import DEFAULT_POOL, On, OnEvent, OnFile, Param, Step, TriggerRule, Workflow
+from orchestrator.workflows import (
+    DEFAULT_POOL,
+    Defaults,
+    On,
+    OnEvent,
+    OnFile,
+    Param,
+    Phase,
+    Step,
+    TriggerRule,
+    Workflow,
+)
 
 #: Parameters of a workflow function that are not parameters of the workflow.
 SPECIAL = ("event", "run")
 _tracer: ContextVar[_Tracer | None] = ContextVar("tracer", default=None)
 
 #: What `.options(...)` can say about one step.
-_OPTIONS = ("id", "if_", "needs", "trigger_rule", "pool", "max_parallel", "description")
+_OPTIONS = (
+    "id", "if_", "needs", "trigger_rule", "retry", "timeout", "memory", "pool", "max_parallel", "description"
+)  # fmt: skip
 _NOT_MAPPED: Any = object()
+#: What stands for a wait whose value cannot be read: that is a fault already.
+_SOUND = {"sleep": 0, "until": "1970-01-01T00:00:00Z"}
 
 
 class _Callable:
-    """What a task and a workflow have in common inside a workflow function: they are called and mapped."""
+    """What tasks, workflows and waits have in common inside a workflow function: they are called and mapped."""
 
     function: Callable[..., Any]
     __name__: str
@@ -79,7 +100,7 @@ class _Callable:
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """A task or workflow with options for one step."""
+    """A task, workflow or wait with options for one step."""
 
     target: _Callable
     settings: Mapping[str, Any]
@@ -95,11 +116,19 @@ class Configured:
 class Task(_Callable):
     """A function that can be a step. `registered_name` is what YAML may call it instead of `module:function`."""
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None, pool: str | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        pool: str | None = None,
+        defaults: Defaults = Defaults(),  # noqa: B008 -- it is frozen
+    ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.registered_name = name
         self.pool = pool
+        self.defaults = defaults
 
     @property
     def reference(self) -> str:
@@ -116,11 +145,20 @@ class WorkflowFunction(_Callable):
     """A function that draws a workflow when it is traced."""
 
     def __init__(
-        self, function: Callable[..., Any], *, on: Sequence[On] = (), name: str | None = None, description: str = ""
+        self,
+        function: Callable[..., Any],
+        *,
+        on: Sequence[On] = (),
+        name: str | None = None,
+        description: str = "",
+        hooks: Mapping[Phase, Any] = MappingProxyType({}),
+        defaults: Defaults = Defaults(),  # noqa: B008 -- it is frozen
     ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.on: tuple[Any, ...] = tuple(on)
+        self.hooks = hooks
+        self.defaults = defaults
         self.name = name or function.__name__
         self.description = description or (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
 
@@ -142,32 +180,108 @@ class WorkflowFunction(_Callable):
         return _Tracer(self).trace()
 
 
+class Wait(_Callable):
+    """`sleep` or `until`: called in a workflow function it adds a step that waits, and whose output is null.
+
+    `sleep` takes a duration (seconds, or text such as `1h`), `until` a time (RFC 3339 with its zone); both take an
+    output for one. Waiting holds no worker. `.options` and `.map` are as a task's; there is nothing to try again.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __call__(self, when: Output | str | float, /) -> Output:
+        if _tracer.get() is None:
+            raise TracingError(f"`{self.__name__}(...)` is a step, and has a meaning only in a @workflow function")
+        return self._add({}, (when,), {})
+
+
+sleep = Wait("sleep")
+until = Wait("until")
+
+
 @overload
 def task(function: Callable[..., Any], /) -> Task: ...
 @overload
-def task(*, name: str | None = None, pool: str | None = None, **later: Any) -> Callable[[Callable[..., Any]], Task]: ...
+def task(
+    *,
+    name: str | None = None,
+    pool: str | None = None,
+    retry: RetryPolicy | int | None = None,
+    timeout: str | float | None = None,
+    memory: str | int | None = None,
+) -> Callable[[Callable[..., Any]], Task]: ...
 def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
-    """Make a function one that can be a step: `@task`, or `@task(name=..., pool=...)`."""
-    _refuse("task", options, ("name", "pool"))
-    return Task(function) if function is not None else lambda decorated: Task(decorated, **options)
+    """Make a function one that can be a step: `@task`, or `@task(name=..., pool=..., retry=..., timeout=...)`.
+
+    What it says holds for every step of this task that does not say otherwise itself, in YAML too.
+    """
+    defaults = _defaults("task", options, ("name", "pool", "retry", "timeout", "memory"))
+    if function is not None:
+        return Task(function)
+    name, pool = options.get("name"), options.get("pool")
+    return lambda decorated: Task(decorated, name=name, pool=pool, defaults=defaults)
 
 
 @overload
 def workflow(function: Callable[..., Any], /) -> WorkflowFunction: ...
 @overload
 def workflow(
-    *, on: Sequence[On] = (), name: str | None = None, description: str = "", **later: Any
+    *,
+    on: Sequence[On] = (),
+    name: str | None = None,
+    description: str = "",
+    retry: RetryPolicy | int | None = None,
+    timeout: str | float | None = None,
+    on_failure: Callable[..., Any] | None = None,
+    finally_: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], WorkflowFunction]: ...
 def workflow(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
-    """Make a function a workflow: `@workflow`, or `@workflow(on=[...], name=..., description=...)`.
+    """Make a function a workflow: `@workflow`, or `@workflow(on=[...], name=..., description=..., ...)`.
 
     Its parameters `event` and `run` stand for those; the others are the workflow's parameters, with their types and
     defaults. What it returns is the run's output; None: its only leaf's, or a mapping of the leaves'.
+    `retry` is for steps that have none of their own, `timeout` for a run. `on_failure` and `finally_` are functions
+    that draw the steps of those hooks.
     """
-    _refuse("workflow", options, ("on", "name", "description"))
-    return (
-        WorkflowFunction(function) if function is not None else lambda decorated: WorkflowFunction(decorated, **options)
-    )
+    known = ("on", "name", "description", "retry", "timeout", "on_failure", "finally_")
+    defaults = _defaults("workflow", options, known)
+    if function is not None:
+        return WorkflowFunction(function)
+    given = {key: options[key] for key in ("on", "name", "description") if key in options}
+    hooks = {
+        phase: options[key]
+        for phase, key in ((Phase.ON_FAILURE, "on_failure"), (Phase.FINALLY, "finally_"))
+        if options.get(key) is not None
+    }
+    return lambda decorated: WorkflowFunction(decorated, **given, hooks=hooks, defaults=defaults)
+
+
+def _defaults(what: str, options: Mapping[str, Any], known: tuple[str, ...]) -> Defaults:
+    """Return what a decorator says of attempts. Raises DefinitionError, also for arguments that it does not know."""
+    faults = [
+        (f"{what}.{key}", f"unknown argument {key!r}; {nearest(key, known)}") for key in options if key not in known
+    ]
+    given = {
+        key: options[key] for key in ("retry", "timeout", "memory") if key in known and options.get(key) is not None
+    }
+    defaults = Defaults()
+    try:
+        defaults = schema.Defaults.model_validate(given).build()
+    except ValidationError as exc:
+        faults += _faults_of(exc, what)
+    if faults:
+        raise definition_error(*faults)
+    return defaults
+
+
+def _faults_of(exc: ValidationError, what: str, around: Place = ()) -> list[tuple[str, str]]:
+    """Return (field, message) for what pydantic found wrong in a call of `what`."""
+    return [
+        (f"{what}.{'.'.join(place[len(around) :])}", message)
+        for error in exc.errors(include_url=False)
+        for place, message in shape_faults((*around, *map(str, error["loc"])), error)
+    ]
 
 
 class _OnFactory:
@@ -181,46 +295,23 @@ class _OnFactory:
         try:
             return FileTrigger.model_validate({"path": os.fspath(path), "glob": glob, **options}).build()
         except ValidationError as exc:
-            raise _definition_error(
-                *(
-                    (f"on.file.{e['loc'][0]}", shape_message(("on", "0", "file", str(e["loc"][0])), e))
-                    for e in exc.errors()
-                )
-            ) from None
+            raise definition_error(*_faults_of(exc, "on.file", ("on", "0", "file"))) from None
 
     def event(self, pattern: Mapping[str, Any]) -> OnEvent:
         """Start for each event that matches an EventBridge-style pattern."""
         faults = [(f"on.event.{path}".rstrip("."), message) for path, message in pattern_faults(pattern)]
         if faults:
-            raise _definition_error(*faults)
+            raise definition_error(*faults)
         return OnEvent(pattern=pattern)
 
     def __getattr__(self, name: str) -> Any:
-        message = later(name, trigger=True)
+        message = later(name)
         if message is None:
             raise AttributeError(f"on: unknown trigger {name!r}; {nearest(name, ('file', 'event'))}")
-        raise _definition_error((f"on.{name}", message))
+        raise definition_error((f"on.{name}", message))
 
 
 on = _OnFactory()
-
-
-def _definition_error(*faults: tuple[str, str]) -> DefinitionError:
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    where = {"file": frame.f_code.co_filename, "line": frame.f_lineno}
-    return DefinitionError(Fault(field=field, message=message, **where) for field, message in faults)  # type: ignore[arg-type]
-
-
-def _refuse(what: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    faults = [
-        (f"{what}.{key}", later(key) or f"unknown argument {key!r}; {nearest(key, known)}")
-        for key in options
-        if key not in known
-    ]
-    if faults:
-        raise _definition_error(*faults)
 
 
 class _Tracer:
@@ -229,37 +320,30 @@ class _Tracer:
     def __init__(self, target: WorkflowFunction) -> None:
         self._target = target
         self._code: types.CodeType = inspect.unwrap(target.function).__code__
+        self._file = self._code.co_filename
+        self._phase = Phase.STEPS
         self._outputs = Outputs()
         self._steps: dict[str, Step] = {}
         self._faults: list[Fault] = []
         self._lines = Lines({(): self._code.co_firstlineno})
 
     def trace(self) -> Definition:
-        function = self._target.function
-        if any(
-            is_(function)
-            for is_ in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-        ):
+        if not _is_plain(self._target.function):
             self._fault((), "a workflow is drawn by a plain function; take `async` and `yield` away")
             return Definition(None, self._faults, self._lines)
         params, arguments = self._signature()
-        output = None
-        token = _tracer.set(self)
-        try:
-            with self._outputs:
-                output = self._target.function(**arguments)
-        except TracingError as exc:
-            self._fault((), str(exc), self._line_of(exc))
-        except Exception as exc:  # noqa: BLE001 - whatever a user's function raises is a fault of the definition
-            self._fault((), f"raises {type(exc).__name__}: {exc}", self._line_of(exc))
-        finally:
-            _tracer.reset(token)
+        is_whole, output = self._draw(self._target.function, arguments)
+        if is_whole:
+            for phase, function in self._target.hooks.items():
+                self._hook(phase, function, params)
         drawn = Workflow(
             name=self._target.name,
             description=self._target.description,
             on=self._on(),
             params=params,
             steps=tuple(self._steps.values()),
+            retry=self._target.defaults.retry,
+            timeout_s=self._target.defaults.timeout_s,
             output=self._template(("output",), output),
             has_output=output is not None,
         )
@@ -268,20 +352,83 @@ class _Tracer:
                 self._fault(place, message)
         return Definition(drawn, self._faults, self._lines)
 
+    def _draw(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[bool, Any]:
+        """Call a function that draws steps; return whether it came to its end, and what it returned."""
+        place = (str(self._phase),) if self._phase.is_hook else ()
+        token = _tracer.set(self)
+        try:
+            with self._outputs:
+                return True, function(**arguments)
+        except TracingError as exc:
+            self._fault(place, str(exc), self._line_of(exc))
+        except Exception as exc:  # noqa: BLE001 - whatever a user's function raises is a fault of the definition
+            self._fault(place, f"raises {type(exc).__name__}: {exc}", self._line_of(exc))
+        finally:
+            _tracer.reset(token)
+        return False, None
+
+    def _hook(self, phase: Phase, function: Any, params: Mapping[str, Param]) -> None:
+        """Draw the steps of a hook, after those of the workflow itself."""
+        place = (str(phase),)
+        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+        if code is None or not _is_plain(function):
+            self._fault(place, f"must be a plain function that draws steps, not {function!r}")
+            return
+        self._phase, self._code = phase, code
+        self._lines[place] = code.co_firstlineno
+        self._lines.files[str(phase)] = code.co_filename
+        known = {step.id: Output(step.id, step=step.id) for step in self._steps.values() if not step.phase.is_hook}
+        known |= {name: Output(f"params.{name}") for name in params} | {name: Output(name) for name in SPECIAL}
+        wanted = parameters_of(function)
+        before = len(self._steps)
+        unknown = [name for name, p in wanted.items() if name not in known and p.default is p.empty]
+        for name in unknown:
+            self._fault(place, f"unknown parameter {name!r}; {nearest(name, known)}")
+        if unknown:
+            return
+        is_whole, _ = self._draw(function, {name: known[name] for name in wanted if name in known})
+        if is_whole and len(self._steps) == before:
+            self._fault(place, "draws no step; call a task in it")
+
     def add(
         self, target: _Callable, options: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], over: Any
     ) -> Output:
         """Add a step for one call, and return what stands for its output."""
         step_id = self._new_id(options.get("id"), target)
-        place = ("steps", step_id)
+        place = (str(self._phase), step_id)
         is_map = over is not _NOT_MAPPED
         if is_map and not isinstance(over, Output | list | tuple):
             self._fault((*place, "foreach"), f"`.map` takes a list or the output of a step, not {over!r}")
             over = []
-        given = self._bind(target, place, args, kwargs, is_map=is_map)
         checked = self._check_options(place, options)
-        is_task = isinstance(target, Task)
+        what = (
+            self._wait(target, place, args, kwargs, is_map=is_map)
+            if isinstance(target, Wait)
+            else self._call(target, place, args, kwargs, is_map=is_map)
+        )
         pool = target.pool if isinstance(target, Task) and "pool" not in options else checked.pool
+        self._steps[step_id] = Step(
+            id=step_id,
+            phase=self._phase,
+            **what,
+            needs=tuple(checked.needs),
+            foreach=self._template((*place, "foreach"), over) if is_map else None,
+            max_parallel=checked.max_parallel,
+            if_=self._template((*place, "if"), options.get("if_")),
+            trigger_rule=TriggerRule(checked.trigger_rule),
+            retry=checked.retry,
+            timeout_s=checked.timeout,
+            memory=checked.memory,
+            pool=pool or DEFAULT_POOL,
+            description=checked.description,
+        )
+        return Output(step_id, step=step_id)
+
+    def _call(
+        self, target: _Callable, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_map: bool
+    ) -> dict[str, Any]:
+        """Return the fields of a step that calls a task or a workflow."""
+        given = self._bind(target, place, args, kwargs, is_map=is_map)
         with_ = {name: self._template((*place, "with", name), value) for name, value in given.items()}
         if is_map and not self._reads_item(with_):
             names = ", ".join(given) or "none"
@@ -289,20 +436,18 @@ class _Tracer:
                 f"`.map` gives its item to the first parameter, which is not free (given: {names}); use `item` in one"
             )
             self._fault((*place, "foreach"), message)
-        self._steps[step_id] = Step(
-            id=step_id,
-            task=target.reference if is_task else None,
-            workflow=None if is_task else target.reference,
-            with_=with_,
-            needs=tuple(checked.needs),
-            foreach=self._template((*place, "foreach"), over) if is_map else None,
-            max_parallel=checked.max_parallel,
-            if_=self._template((*place, "if"), options.get("if_")),
-            trigger_rule=TriggerRule(checked.trigger_rule),
-            pool=pool or DEFAULT_POOL,
-            description=checked.description,
-        )
-        return Output(step_id, step=step_id)
+        return {"task" if isinstance(target, Task) else "workflow": target.reference, "with_": with_}
+
+    def _wait(
+        self, target: Wait, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_map: bool
+    ) -> dict[str, Any]:
+        """Return the fields of a step that waits; for what is given wrongly, a fault and one that is sound."""
+        given = (*((Output("item"),) if is_map else ()), *args, *kwargs.values())
+        if len(given) != 1:
+            self._fault(place, f"`{target.__name__}` takes one value, and nothing by keyword")
+        key = target.__name__
+        value = self._template((*place, key), given[0] if given else None)
+        return {key: _SOUND[key] if value is None else value}
 
     @staticmethod
     def _reads_item(with_: Mapping[str, Any]) -> bool:
@@ -315,7 +460,7 @@ class _Tracer:
         """Check options by the model that checks YAML; what does not fit is a fault and left out."""
         shape = {key: value for key, value in options.items() if key not in ("id", "if_")}
         for key in [key for key in shape if key not in _OPTIONS]:
-            self._fault((*place, key), later(key) or f"unknown option {key!r}; {nearest(key, _OPTIONS)}")
+            self._fault((*place, key), f"unknown option {key!r}; {nearest(key, _OPTIONS)}")
             del shape[key]
         if "needs" in shape:
             needs = shape["needs"] if isinstance(shape["needs"], list | tuple) else [shape["needs"]]
@@ -327,8 +472,8 @@ class _Tracer:
         except ValidationError as exc:
             for error in exc.errors(include_url=False):
                 key = str(error["loc"][0])
-                message = shape_message((*place, key), error)
-                self._fault((*place, key), "must be steps, by id or output" if key == "needs" else message)
+                for where, message in shape_faults((*place, key), error):
+                    self._fault(where, "must be steps, by id or output" if key == "needs" else message)
                 shape.pop(key, None)
         return schema.Step.model_validate(shape)
 
@@ -338,9 +483,9 @@ class _Tracer:
         while step_id in self._steps:
             number += 1
             step_id = f"{name}_{number}"
-        self._lines[("steps", step_id)] = self._line()
+        self._lines[(str(self._phase), step_id)] = self._line()
         if wanted is not None and step_id != wanted:
-            self._fault(("steps", name), f"two steps have the id {wanted!r}", self._line())
+            self._fault((str(self._phase), name), f"two steps have the id {wanted!r}", self._line())
         return step_id
 
     def _bind(
@@ -408,12 +553,11 @@ class _Tracer:
 
     def _fault(self, place: Place, message: str, line: int | None = None) -> None:
         line = line or self._lines.at(place)
-        self._faults.append(
-            Fault(file=self._code.co_filename, line=line, field=".".join(place), message=" ".join(message.split()))
-        )
+        file = self._lines.files.get(place[0], self._file) if place else self._file
+        self._faults.append(Fault(file=file, line=line, field=".".join(place), message=" ".join(message.split())))
 
     def _line(self) -> int:
-        """Return the line in the workflow's function that is being traced."""
+        """Return the line in the function that is being traced."""
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not self._code:
             frame = frame.f_back
@@ -422,3 +566,8 @@ class _Tracer:
     def _line_of(self, exc: BaseException) -> int | None:
         lines = (line for frame, line in traceback.walk_tb(exc.__traceback__) if frame.f_code is self._code)
         return next(lines, None)
+
+
+def _is_plain(function: Callable[..., Any]) -> bool:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return not any(is_(function) for is_ in kinds)

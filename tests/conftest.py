@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+import structlog
 
+from orchestrator import telemetry
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.engine import Engine
 from orchestrator.settings import Settings
@@ -30,6 +33,18 @@ def wait_until(predicate: Callable[[], Any], description: str, timeout_s: float 
         if time.monotonic() > until:
             pytest.fail(f"waited {timeout_s:g} s in vain until {description}")
         time.sleep(0.01)
+
+
+@contextmanager
+def capture_logs() -> Iterator[list[structlog.typing.EventDict]]:
+    """Collect what our own loggers say, instead of having it written."""
+    capture = structlog.testing.LogCapture()
+    before = telemetry.processors[:]
+    telemetry.processors[:] = [capture]
+    try:
+        yield capture.entries
+    finally:
+        telemetry.processors[:] = before
 
 
 class Server:

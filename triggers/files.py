@@ -37,11 +37,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import structlog
-
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import FILE_CREATED, Event
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 from triggers.folder import Folder, Names, is_gone
 from triggers.observation import Observation
 from triggers.settling import QUIET_S, Settling, Sight, Verdict, Version
@@ -57,7 +55,7 @@ _BACKOFF_S = (0.1, 5.0)
 _STOP_S = 10.0
 
 T = TypeVar("T")
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,28 +8,36 @@ does the output of programs that a step starts.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TextIO
+from urllib.parse import quote, quote_plus
 
-import structlog
+from orchestrator.telemetry import MACHINERY, get_logger, message_of
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _current: ContextVar[Captured | None] = ContextVar("captured", default=None)
 _latest: list[Captured] = []
+#: Whether this thread has written to a captured stream; what tells of a handler that does so.
+_thread = threading.local()
+
+_FORMATTER = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+#: A line of a secret that is shorter than this is masked with the others of it only.
+_LINE_CHARACTERS = 8
 
 
 def _captured() -> Captured | None:
-    return _current.get() or (_latest[-1] if _latest else None)
-
-
-#: Loggers whose lines are about the worker and not about the step.
-_OURS = ("celery", "kombu", "amqp", "billiard", "orchestrator", "workers", "redis", "asyncio")
+    found = _current.get()
+    if found is None:
+        last = _latest[-1:]
+        found = last[0] if last else None
+    return found
 
 
 class Captured:
@@ -41,8 +49,14 @@ class Captured:
         self._length = 0
         self._left_out = 0
         self._lock = threading.Lock()
-        self.secrets: set[str] = set()
+        self._secrets: list[str] = []
         self.is_dirty = False
+
+    def hide(self, secret: str) -> None:
+        """Mask a secret that the step has read, from now on; also as it stands in JSON, in a repr and in a URL."""
+        lines = [line for line in secret.splitlines() if len(line.strip()) >= _LINE_CHARACTERS]
+        forms = {form for text in (secret, *lines) for form in _forms(text)}
+        self._secrets = sorted({*self._secrets, *forms} - {""}, key=len, reverse=True)
 
     def write(self, text: str) -> None:
         with self._lock:
@@ -61,13 +75,16 @@ class Captured:
             text = "".join(self._parts)
             left_out = self._left_out
         text = self.mask(text)
+        if left_out:  # the limit may have cut a secret in two
+            cut = (text.endswith(secret[:n]) and n for secret in self._secrets for n in range(len(secret) - 1, 0, -1))
+            text = text[: len(text) - max((n for n in cut if n), default=0)]
         if left_out:
             text += f"\n[{left_out} more characters were not kept]\n"
         return text.encode("utf-8", "replace").decode()
 
     def mask(self, text: str) -> str:
         """Return `text` without the secrets that the step has read."""
-        for secret in sorted(self.secrets, key=len, reverse=True):
+        for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
@@ -81,6 +98,16 @@ class Captured:
         _latest.remove(self)
 
 
+def _forms(text: str) -> Iterator[str]:
+    yield text
+    yield repr(text)[1:-1]
+    for is_ascii in (True, False):
+        yield json.dumps(text, ensure_ascii=is_ascii)[1:-1]
+    for safe in ("/", ""):
+        yield quote(text, safe=safe, errors="replace")
+    yield quote_plus(text, errors="replace")
+
+
 class _Stream(io.TextIOBase):
     def __init__(self, outside: TextIO) -> None:
         self._outside = outside
@@ -90,6 +117,7 @@ class _Stream(io.TextIOBase):
         if captured is None:
             return self._outside.write(text)
         captured.write(text)
+        _thread.has_written = True
         return len(text)
 
     def flush(self) -> None:
@@ -126,29 +154,40 @@ class _Bytes(io.RawIOBase):
         return len(text)
 
 
-class _Handler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
+def _hook(hand_on: Callable[[logging.Logger, logging.LogRecord], None]) -> Any:
+    """Capture each record that is handed to the handlers, unless one of them has written it to a captured stream."""
+
+    def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
         captured = _captured()
-        if captured is None or record.name.split(".", 1)[0] in _OURS:
+        if captured is None or record.name.partition(".")[0] in MACHINERY:
+            hand_on(logger, record)
             return
+        before, _thread.has_written = getattr(_thread, "has_written", False), False
         try:
-            captured.write(self.format(record) + "\n")
-        except Exception:  # noqa: BLE001 -- as logging.Handler.emit: a bad log call does not fail the step
-            self.handleError(record)
+            hand_on(logger, record)
+        finally:
+            if not _thread.has_written:
+                captured.write(_format(record))
+            _thread.has_written = before
+
+    return call_handlers
+
+
+def _format(record: logging.LogRecord) -> str:
+    # Not the record itself: a formatter keeps what it has made of it there, for others to find.
+    text = logging.makeLogRecord({**vars(record), "msg": message_of(record), "args": None})
+    return _FORMATTER.format(text) + "\n"
 
 
 def install() -> None:
-    """Send this process's stdout, stderr and log lines through here; once per process."""
-    if isinstance(sys.stdout, _Stream):
-        return
+    """Send stdout, stderr and log records through here; once per process, and before a user's module is imported.
+
+    What that module makes of them when it is imported, such as a handler that keeps `sys.stderr`, then leads here too.
+    """
     sys.stdout = _Stream(sys.stdout)
     sys.stderr = _Stream(sys.stderr)
-    handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    if root.level > logging.INFO or root.level == logging.NOTSET:
-        root.setLevel(logging.INFO)
+    logging.Logger.callHandlers = _hook(logging.Logger.callHandlers)  # type: ignore[method-assign]
+    logging.getLogger().setLevel(logging.INFO)
 
 
 class Flusher:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import structlog
 from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.state import maybe_shutdown
@@ -18,9 +17,9 @@ from orchestrator.celery_app import STEP_TASK
 from orchestrator.engine import now_ms
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: Pause before a broker that is away is tried again: the first, what is added each time, the longest.
 _PAUSES_S = (0.2, 0.3, 2.0)

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
 from celery import Task
 from celery.exceptions import Reject
 
@@ -48,13 +47,13 @@ from orchestrator.retries import kinds_of
 from orchestrator.runs import StepError, child_run_id, rfc3339
 from orchestrator.settings import read_secret
 from orchestrator.signals import Fail, Retry, StepCancelled, StepTimeout
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
 from workers.outcome import of_error
 from workers.slots import Slots
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -76,6 +75,7 @@ class _RunInfo:
     plan: Plan
     #: Its episode and phase: in another one it is read anew.
     version: str
+    event_id: str
     event_payload: str
     input_payload: str
     #: When its timeout ends it, ms since the epoch; 0: never.
@@ -100,7 +100,7 @@ class _Secrets(Mapping[str, str]):
             raise ExpressionError(f"secret {name!r} is not declared; add it under [secrets] as env:NAME or file:PATH")
         value = read_secret(self._references[name])
         if value:
-            self._captured.secrets.add(value)
+            self._captured.hide(value)
         return value
 
     def __contains__(self, name: object) -> bool:
@@ -236,7 +236,7 @@ class StepRunner:
         if not taken.meta:
             self._runs.move_to_end(run)
             return self._runs[run]
-        workflow, plan_hash, event, run_input, created_ms, episode, _, deadline, phase, state, error = taken.meta
+        workflow, plan_hash, event, run_input, created_ms, episode, event_id, deadline, phase, state, error = taken.meta
         plan = self._engine.plan(plan_hash)
         facts: dict[str, Any] = {
             "id": run,
@@ -248,7 +248,7 @@ class StepRunner:
             facts["state"] = state
             facts["error"] = json.loads(error) if error else None
             facts["failures"] = self._ledger.failures(run, plan.main)
-        info = _RunInfo(run, plan, episode + phase, event, run_input, int(deadline or 0), {"run": facts})
+        info = _RunInfo(run, plan, episode + phase, event_id, event, run_input, int(deadline or 0), {"run": facts})
         self._runs[run] = info
         while len(self._runs) > _RUNS_KNOWN:
             self._runs.popitem(last=False)
@@ -295,6 +295,22 @@ class StepRunner:
             return self._insist(lambda: self._finish(info, taken, inputs))
         step = info.plan.steps[taken.step]
         captured = Captured(self._settings.log_bytes)
+        with bound(
+            mask=captured.mask, is_step=True, event_id=info.event_id, run=info.id, workflow=info.plan.workflow.name,
+            step=taken.slot, attempt=taken.attempt, pool=self._pool,
+        ):  # fmt: skip
+            return self._attempt(info, taken, step, captured, names, inputs, links)
+
+    def _attempt(
+        self,
+        info: _RunInfo,
+        taken: Taken,
+        step: Step,
+        captured: Captured,
+        names: dict[str, Any],
+        inputs: list[Any],
+        links: int,
+    ) -> Answer:
         state, payload, tail, delay_ms = "succeeded", "", "", 0
         arguments: dict[str, Any] = {}
         try:
@@ -333,14 +349,14 @@ class StepRunner:
             if isinstance(exc, TaskNotFoundError) and left_ms > 0:
                 state, delay_ms = "postponed", min(_DEPLOY_LOOK_MS, left_ms)
                 log.warning(
-                    "task_not_found", run=info.id, step=taken.slot, error=str(exc), gives_up_in_s=left_ms // 1000
+                    "task_not_found", error=str(exc), gives_up_in_s=left_ms // 1000
                 )
             else:
                 error = describe_error(exc, self._settings.project)
                 error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))
                 outcome = of_error(error, step, taken.tries, exc)
                 state, tail, delay_ms = outcome.state, outcome.tail + _input(arguments, captured), outcome.delay_ms
-                log.info("step_failed", run=info.id, step=taken.slot, error=error.type, state=state)
+                log.info("step_failed", error=error.type, state=state)
         return self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(), delay_ms=delay_ms,

@@ -13,17 +13,15 @@ import threading
 import time
 from pathlib import Path
 
-import structlog
-
 from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 from workers.slots import Slots, Work
 from workers.step import Identity
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 PERIOD_S = 0.25
 #: A part that has been in work for this long shares what it has not begun, in parts of about half of this.

@@ -10,7 +10,6 @@ import warnings
 from functools import partial
 from typing import Any
 
-import structlog
 from billiard.process import current_process
 from celery import Celery, bootsteps, signals
 from celery.app.trace import LOG_REJECTED
@@ -21,13 +20,14 @@ from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.project import load_project
 from orchestrator.settings import Settings
+from orchestrator.telemetry import get_logger
 from workers import capture
 from workers.consumer import Consumer
 from workers.slots import Slots
 from workers.step import Identity, StepRunner, StepTask
 from workers.watch import Watch, give_up
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None, up_pid: int | None = None) -> int:
@@ -37,7 +37,8 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
     SIGTERM: takes nothing new, lets steps in progress finish, leaves their successors to others. Raises DefinitionError
     if the project does not load.
     """
-    project = load_project(settings.project, pools=settings.declared_pools)
+    capture.install()
+    project = load_project(settings.project, pools=settings.declared_pools, defaults=settings.defaults)
     if project.faults:
         raise DefinitionError(project.faults)
     # Celery warns of root because of pickle; nothing here is ever unpickled.
@@ -97,7 +98,6 @@ def _prepare_children(
     app: Celery, settings: Settings, task: StepTask, identity: Identity, *, pool: str, slots: Slots
 ) -> None:
     def begin(**_: Any) -> None:
-        capture.install()
         # A step may start processes of its own, which multiprocessing would refuse in a daemon.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.

@@ -21,14 +21,13 @@ from queue import Empty
 from typing import Any
 
 import redis
-import structlog
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
 from orchestrator.brokers.claims import TEND_S, Claims, Delivery, bell, parse, ring
-from orchestrator.telemetry import Outage
+from orchestrator.telemetry import Outage, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: Taken at once by a consumer that sets itself no limit.
 _UNLIMITED = 64

@@ -38,7 +38,7 @@ def cli_command(*arguments: str) -> list[str]:
 
 def load(settings: Settings) -> Project:
     """Load the definitions of a project, in a process of their own."""
-    return load_in_subprocess(settings.project, pools=settings.declared_pools)
+    return load_in_subprocess(settings.project, pools=settings.declared_pools, defaults=settings.defaults)
 
 
 def with_servers(settings: Settings) -> Settings:

@@ -192,7 +192,7 @@ def worker(
     from orchestrator.telemetry import configure_logging
     from workers.worker import run_worker
 
-    configure_logging()
+    configure_logging(role="worker", pool=pool)
     settings = with_servers(settings_of(project, data_dir))
     return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
 

@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import redis
-import structlog
 
 from orchestrator.bus import EventBus
+from orchestrator.cli.access import load
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
-from orchestrator.project import Project, code_files, definition_files, load_in_subprocess
+from orchestrator.project import Project, code_files, definition_files
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
-from orchestrator.telemetry import configure_logging
+from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.workflows import Workflow
 from triggers.supervisor import TriggerSupervisor
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
@@ -115,18 +115,19 @@ class Control:
             if has_triggers
             else None
         )
+        self._role = "control" if has_dispatcher and has_triggers else "dispatcher" if has_dispatcher else "trigger"
         self._began: dict[str, float] = {}
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; returns the exit code. Raises DefinitionError if nothing can be loaded."""
-        configure_logging()
+        configure_logging(role=self._role)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         watched = _Watched(self._settings.project)
         if self._up_pid is not None:
             workflows, _ = read_definitions(self._settings.data_dir)
         else:
-            project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
+            project = load(self._settings)
             if project.faults:
                 raise DefinitionError(project.faults)
             workflows = list(project.workflows.values())
@@ -170,7 +171,7 @@ class Control:
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""
-        project = load_in_subprocess(self._settings.project, pools=self._settings.declared_pools)
+        project = load(self._settings)
         if project.faults:
             say("definitions changed, with faults; those before stay in force:")
             for fault in project.faults:

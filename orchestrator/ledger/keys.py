@@ -57,6 +57,10 @@ WORKFLOWS = f"{PREFIX}:workflows"
 EVENTS = f"{PREFIX}:events"
 #: Messages that were no events, or that nobody could read; a list; permanent.
 SET_ASIDE = f"{PREFIX}:set-aside"
+#: Dead letters by when they last became one, ms; permanent, trimmed with their retention.
+DEAD_LETTERS = f"{PREFIX}:dead-letters"
+#: Ids of dead letters of steps that are still to be reported; a list; permanent, empty unless there is a `sentry_dsn`.
+UNREPORTED = f"{DEAD_LETTERS}:unreported"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
 #: Written to see whether the server takes writes; gone at once.

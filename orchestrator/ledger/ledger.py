@@ -20,7 +20,6 @@ from itertools import islice
 from typing import Any
 
 import redis
-import structlog
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
@@ -29,8 +28,9 @@ from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState
+from orchestrator.telemetry import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 #: How long a lease holds without being renewed, and how often whoever runs a unit renews it.
 LEASE_MS = 10_000

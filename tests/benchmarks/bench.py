@@ -495,7 +495,7 @@ def measure(rounds: int, wanted: set[str], work: Path, fsync: str) -> tuple[list
         settings = Settings.load(
             project, environ={}, data_dir=work / "data", broker_url=f"{url}/0", ledger_url=f"{url}/0"
         )
-        loaded = load_in_subprocess(settings.project, pools=settings.declared_pools)
+        loaded = load_in_subprocess(settings.project, pools=settings.declared_pools, defaults=settings.defaults)
         if loaded.faults:
             raise RuntimeError("\n".join(map(str, loaded.faults)))
         plans = {name: Plan.of(workflow) for name, workflow in loaded.workflows.items()}

@@ -22,7 +22,7 @@ from orchestrator.workflows import Workflow
 from tests.conftest import Server, WorkerProcess, wait_until
 
 TASKS = '''
-import dataclasses, datetime, decimal, logging, os, pathlib, sys, time, uuid
+import concurrent.futures, dataclasses, datetime, decimal, logging, os, pathlib, sys, time, uuid
 
 def echo(value=None, **rest):
     return value
@@ -56,6 +56,15 @@ def wait_for(path, **_):
     while not os.path.exists(path):
         time.sleep(0.005)
     return path
+
+def tell(secret):
+    import structlog
+    logging.basicConfig(force=True, format="mine: %(message)s")
+    logging.getLogger("shop").warning("opened with %s", secret, extra={"key": [secret]})
+    structlog.configure(processors=[structlog.processors.JSONRenderer()])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(logging.getLogger("shop").info, "from a thread").result()
+    raise RuntimeError("that is all")
 
 def touch(path, **_):
     pathlib.Path(path).touch()
@@ -137,8 +146,10 @@ def die():
 class Place:
     """A server with a project and a worker on it; starts runs and waits for their end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: Path) -> None:
         self.settings = settings
+        #: What the worker has written to its stderr.
+        self.log = log
         self.engine = Engine(settings)
         self.queries = Queries(self.engine.ledger, self.engine.payloads)
 
@@ -172,7 +183,7 @@ def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     url = server.url.removesuffix("/0") + "/1"
     settings = Settings.load(project, environ={}, data_dir=project.parent / "data", broker_url=url, ledger_url=url)
     worker = WorkerProcess(settings).start()
-    made = Place(settings)
+    made = Place(settings, worker.log)
     yield made
     code = worker.stop()
     made.engine.close()

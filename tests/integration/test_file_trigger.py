@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from orchestrator.errors import UnavailableError
 from orchestrator.events import FILE_CREATED, Event
+from tests.conftest import capture_logs
 from triggers import files, observation, settling
 from triggers.files import FileTrigger, FileWatch
 from triggers.folder import Names

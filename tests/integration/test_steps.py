@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,21 @@ def test_what_a_step_prints_and_logs_is_kept(place: Place) -> None:
     ((slot, attempt, text),) = place.queries.logs(run.id)
     assert (slot, attempt) == ("t", 1)
     assert text.splitlines() == ["printed", "to stderr", "INFO mine: logged", "WARNING w.t: by context"]
+
+
+def test_each_line_of_the_workers_log_says_whose_it_is(place: Place) -> None:
+    run = place.run(workflow(step("t", "tell", foreach=[0], with_={"secret": "{{ secrets.TOKEN }}"})))
+    lines = [json.loads(line) for line in place.log.read_text().splitlines() if run.id in line]
+    for line in lines:
+        names = {"run": run.id, "workflow": "w", "event_id": "e1", "step": "t/0", "attempt": 1, "pool": "default"}
+        assert line.items() >= (names | {"role": "worker"}).items()
+    told, threads, failed = lines
+    assert (told["event"], told["logger"], told["level"]) == ("opened with ***", "shop", "warning")
+    assert told["key"] == ["***"]
+    assert threads["event"] == "from a thread"
+    assert (failed["event"], failed["error"]) == ("step_failed", "RuntimeError")
+    ((_, _, text),) = place.queries.logs(run.id)
+    assert text.splitlines() == ["mine: opened with ***", "mine: from a thread"]
 
 
 def test_threads_of_a_step_and_bytes_are_captured_too(place: Place) -> None:

@@ -1,7 +1,8 @@
 """YAML definitions: what is read, and each refusal with its line and field."""
 
 import json
-from datetime import timedelta
+from dataclasses import fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.definitions import json_schema, parse_duration, read_definition
+from orchestrator.durations import parse_time
+from orchestrator.retries import Jitter, RetryPolicy
 from orchestrator.schema import parse_size
-from orchestrator.workflows import OnEvent, OnFile, Param, Step, TriggerRule, Workflow
+from orchestrator.workflows import OnEvent, OnFile, Param, Phase, Step, TriggerRule, Workflow
+from tests.unit.test_retries import POLICY
 
 GOOD = """\
 workflow: good
@@ -21,9 +25,21 @@ on:
 params:
   path: {type: string, default: "{{ event.data.path }}"}
   n: integer
+retry: 2
+timeout: 1h
 steps:
   split:
     task: tasks:split
+    retry:
+      maximum_attempts: 5
+      initial_interval: 500ms
+      backoff_coefficient: 1.5
+      maximum_interval: 2m
+      jitter: equal
+      non_retryable_errors: [ValueError]
+      retryable_errors: [shop.errors.NoStock, OSError]
+    timeout: 5m
+    memory: 512MB
     with: {path: "{{ params.path }}", title: "n = {{ params.n }}", raw: {$expr: x}}
     description: first
   total:
@@ -38,6 +54,24 @@ steps:
     needs: [split]
     if: "{{ total | length > 0 }}"
     trigger_rule: none_failed
+  pause:
+    sleep: 1h
+    needs: [report]
+  due:
+    until: "{{ item.at }}"
+    foreach: "{{ split }}"
+on_failure:
+  tell:
+    task: tasks:tell
+    with: {failures: "{{ run.failures }}", totals: "{{ total }}", how: "{{ steps.report.state }}"}
+    retry: 1
+finally:
+  later:
+    until: 2026-01-31T06:00:00+01:00
+  clean:
+    task: tasks:clean
+    needs: [later]
+    trigger_rule: all_done
 output: {report: "{{ report }}"}
 """
 
@@ -73,6 +107,17 @@ def test_a_definition_is_read_whole():
                     "title": {"$text": "n = {{ params.n }}"},
                     "raw": {"$data": {"$expr": "x"}},
                 },
+                retry=RetryPolicy(
+                    maximum_attempts=5,
+                    initial_interval=0.5,
+                    backoff_coefficient=1.5,
+                    maximum_interval=120,
+                    jitter="equal",
+                    non_retryable_errors=["ValueError"],
+                    retryable_errors=["shop.errors.NoStock", "OSError"],
+                ),
+                timeout_s=300.0,
+                memory=512_000_000,
                 description="first",
             ),
             Step(
@@ -91,15 +136,56 @@ def test_a_definition_is_read_whole():
                 if_={"$expr": "total | length > 0"},
                 trigger_rule=TriggerRule.NONE_FAILED,
             ),
+            Step(id="pause", sleep="1h", needs=("report",)),
+            Step(id="due", until={"$expr": "item.at"}, foreach={"$expr": "split"}),
+            Step(
+                id="tell",
+                phase=Phase.ON_FAILURE,
+                task="tasks:tell",
+                with_={
+                    "failures": {"$expr": "run.failures"},
+                    "totals": {"$expr": "total"},
+                    "how": {"$expr": "steps.report.state"},
+                },
+                retry=RetryPolicy(maximum_attempts=1),
+            ),
+            Step(id="later", phase=Phase.FINALLY, until="2026-01-31T06:00:00+01:00"),
+            Step(
+                id="clean",
+                phase=Phase.FINALLY,
+                task="tasks:clean",
+                needs=("later",),
+                trigger_rule=TriggerRule.ALL_DONE,
+            ),
         ),
+        retry=RetryPolicy(maximum_attempts=2),
+        timeout_s=3600.0,
         output={"report": {"$expr": "report"}},
         has_output=True,
     )
     assert not workflow.params["path"].is_required
     assert workflow.params["n"].is_required
-    assert lines[("steps", "total", "max_parallel")] == 17
-    assert lines.at(("steps", "total", "nothing", "there")) == 14
+    assert lines[("steps", "total", "max_parallel")] == 29
+    assert lines.at(("steps", "total", "nothing", "there")) == 26
+    assert lines[("finally", "clean", "needs")] == 54
     assert Workflow.from_json(json.loads(json.dumps(workflow.to_json()))) == workflow
+
+
+def test_what_a_step_of_a_hook_reads_of_the_steps_makes_no_edge():
+    """All of those have ended when a hook begins."""
+    workflow = read(GOOD).workflow
+    assert workflow.step("tell").upstream() == ("report", "total")
+    assert workflow.upstream_of(workflow.step("tell")) == ()
+    assert workflow.upstream_of(workflow.step("clean")) == ("later",)
+    assert workflow.upstream_of(workflow.step("report")) == ("split", "total")
+    assert workflow.upstream_of(workflow.step("due")) == ("split",)
+
+
+def test_a_workflow_that_asks_for_nothing_new_is_stored_as_before():
+    """The hash of its plan is made of this."""
+    (step,) = read("workflow: w\nsteps: {a: {task: t:a}}").workflow.steps
+    assert step.to_json() == {"id": "a", "task": "t:a"}
+    assert Workflow(name="w", steps=(step,)).to_json() == {"name": "w", "steps": [step.to_json()]}
 
 
 def test_yaml_is_1_2():
@@ -153,11 +239,67 @@ STEPS = "steps: {a: {task: t:a}}\n"
         (HEAD + STEPS + "stpes: {}\n", "3: stpes: unknown key 'stpes'; did you mean 'steps'?"),
         (
             HEAD + STEPS + "xyz: {}\n",
-            "3: xyz: unknown key 'xyz'; known: workflow, description, on, params, steps, output",
+            "3: xyz: unknown key 'xyz'; known: workflow, description, on, params, retry, timeout, "
+            "steps, on_failure, finally, output",
         ),
-        (HEAD + STEPS + "timeout: 1h\n", "3: timeout: `timeout` is not yet in force"),
-        (HEAD + STEPS + "finally: {}\n", "3: finally: `finally` is not yet in force"),
-        (HEAD + STEPS + "on_failure: {}\n", "3: on_failure: `on_failure` is not yet in force"),
+        (HEAD + STEPS + "timeout: 0\n", "3: timeout: must be more than 0, not 0"),
+        (HEAD + STEPS + "timeout: soon\n", "3: timeout: must be a duration, such as"),
+        (HEAD + STEPS + "timout: 1h\n", "3: timout: unknown key 'timout'; did you mean 'timeout'?"),
+        (HEAD + STEPS + "retry: 0\n", "3: retry: must be a whole number from 1 (no retry) to 10000, not 0"),
+        (HEAD + STEPS + "retry:\n  jitter: some\n", "4: retry.jitter: must be one of full, equal, none, not 'some'"),
+        (HEAD + STEPS + "memory: 1GB\n", "3: memory: unknown key 'memory'"),
+        (HEAD + STEPS + "finally: {}\n", "3: finally: must not be empty"),
+        (HEAD + STEPS + "finally: [a]\n", "3: finally: must be a mapping, not a list"),
+        (HEAD + STEPS + "on_failure: {}\n", "3: on_failure: must not be empty"),
+        (HEAD + STEPS + "on_failure:\n", "3: on_failure: has no value; give it one, or take the key away"),
+        (HEAD + STEPS + "on_failure:\n  b: []\n", "4: on_failure.b: must be a mapping, not a list"),
+        (HEAD + STEPS + "on_failure:\n  b: {tsak: t:b, task: t:b}\n", "4: on_failure.b.tsak: unknown key 'tsak'"),
+        (HEAD + STEPS + "on_failure:\n  b: {task: 5}\n", "4: on_failure.b.task: must be text, not 5"),
+        (HEAD + STEPS + "on_failure:\n  b-c: {task: t:b}\n", "4: on_failure.b-c: 'b-c' cannot be a step's id"),
+        (
+            HEAD + STEPS + "finally:\n  a: {task: t:b}\n",
+            "4: finally.a: 'a' is a step of `steps:` already; ids are unique over all steps of a workflow",
+        ),
+        (
+            HEAD + STEPS + "on_failure: {b: {task: t:b}}\nfinally:\n  b: {task: t:b}\n",
+            "5: finally.b: 'b' is a step of `on_failure:` already",
+        ),
+        (
+            HEAD + STEPS + "finally:\n  b: {task: t:b, needs: [a]}\n",
+            "4: finally.b.needs: 'a' is a step of `steps:`; only other steps of `steps:` can need it",
+        ),
+        (
+            HEAD + STEPS + "on_failure: {b: {task: t:b}}\nfinally:\n  c: {task: t:b, with: {x: '{{ b }}'}}\n",
+            "5: finally.c.with.x: 'b' is a step of `on_failure:`; only other steps of `on_failure:` can need it",
+        ),
+        (
+            HEAD + STEPS + "finally:\n  c: {task: t:b, with: {x: '{{ aa }}'}}\n",
+            "4: finally.c.with.x: unknown step or name 'aa'; did you mean 'a'?",
+        ),
+        (
+            HEAD + STEPS + "finally:\n  c: {task: t:b, with: {x: '{{ run.failurs }}'}}\n",
+            "4: finally.c.with.x: unknown name 'run.failurs'; did you mean 'run.failures'?",
+        ),
+        (
+            HEAD + STEPS + "finally:\n  c: {task: t:b, if: '{{ run.state == 1 }}', foreach: 5}\n",
+            "4: finally.c.foreach: must be a list, or one expression",
+        ),
+        (
+            HEAD + STEPS + "finally:\n  c: {task: t:b, trigger_rule: sometimes}\n",
+            "4: finally.c.trigger_rule: must be one of all_success",
+        ),
+        (
+            HEAD + STEPS + "finally:\n  c: {task: t:b, needs: [d]}\n  d: {task: t:b, needs: [c]}\n",
+            "4: finally.c: the steps need each other in a circle: c -> d -> c",
+        ),
+        (
+            HEAD + STEPS + "output: '{{ run.state }}'\n",
+            "3: output: `run.state` is known only to the steps of `on_failure:` and `finally:`",
+        ),
+        (
+            HEAD + STEPS + "finally: {b: {task: t:b}}\noutput: '{{ b }}'\n",
+            "4: output: 'b' is a step of `finally:`; only",
+        ),
         (HEAD + STEPS + "output: '{{ b }}'\n", "3: output: unknown step or name 'b'"),
         (HEAD + STEPS + "output: '{{ a'\n", "3: output: bad expression '{{ a'"),
         (HEAD + STEPS + "on: inbox\n", "3: on: must be a list, not 'inbox'"),
@@ -227,13 +369,63 @@ def test_each_refusal_of_a_file_says_where(text, fault):
     ("keys", "fault"),
     [
         ("tsak: t:a, task: t:a", "tsak: unknown key 'tsak'; did you mean 'task'?"),
-        ("task: t:a, retry: {}", "retry: `retry` is not yet in force"),
-        ("task: t:a, timeout: 5", "timeout: `timeout` is not yet in force"),
+        ("task: t:a, retry: often", "retry: must be a mapping, or the number of attempts, not 'often'"),
+        ("task: t:a, retry: true", "retry: must be a mapping, or the number of attempts, not True"),
+        ("task: t:a, retry: -1", "retry: must be a whole number from 1"),
+        ("task: t:a, retry: ", "retry: has no value; give it one, or take the key away"),
+        (
+            "task: t:a, retry: {max_attempts: 5}",
+            "retry.max_attempts: unknown key 'max_attempts'; did you mean 'maximum_a",
+        ),
+        ("task: t:a, retry: {maximum_attempts: 10001}", "retry.maximum_attempts: must be a whole number from 1"),
+        ("task: t:a, retry: {initial_interval: -1}", "retry.initial_interval: must be a duration, such as"),
+        (
+            "task: t:a, retry: {retryable_errors: [no-name]}",
+            "retry.retryable_errors: 'no-name' cannot be an error's name",
+        ),
+        ("task: t:a, timeout: 0", "timeout: must be more than 0, not 0"),
+        ("task: t:a, timeout: '{{ b }}'", "timeout: must be a duration, such as"),
+        ("task: t:a, memory: 0", "memory: must be from 1MB to 1000000GB, such as 512MB, not 0"),
+        ("task: t:a, memory: 512", "memory: must be from 1MB to 1000000GB, such as 512MB, not 512"),
+        ("task: t:a, memory: much", "memory: must be a number of bytes, or text such as"),
+        ("task: t:a, memory: 2000000GB", "memory: must be from 1MB"),
+        ("workflow: c, memory: 1GB", "memory: belongs to a step with `task:`"),
+        ("sleep: 1h, retry: 5", "retry: belongs to a step with `task:` or `workflow:`; this one only waits"),
+        ("sleep: 1h, timeout: 5", "timeout: belongs to a step with `task:` or `workflow:`; this one only waits"),
+        ("sleep: 1h, with: {x: 5}", "with: belongs to a step with `task:` or `workflow:`; this one only waits"),
+        ("sleep: 1h, pool: cpu", "pool: belongs to a step with `task:` or `workflow:`; this one only waits"),
+        ("sleep: 1h, memory: 1GB", "memory: belongs to a step with `task:`"),
+        ("sleep: soon", "sleep: must be a duration, such as 30, 500ms, 1s, 5m, 2h or 1d, not 'soon'"),
+        ("sleep: -1", "sleep: must be a duration, such as"),
+        ("sleep: [1h]", "sleep: must be a duration, such as"),
+        ("sleep: ", "sleep: has no value; give it one, or take the key away"),
+        ("sleep: '{{ item }}'", "sleep: `item` has a meaning only in a step with `foreach:`"),
+        ("sleep: '{{ bb }}s'", "sleep: unknown step or name 'bb'; did you mean 'b'?"),
+        ("sleep: '{{ b( }}'", "sleep: bad expression"),
+        ("sleep: '{{ secrets.X }}'", "sleep: `secrets` cannot be used here"),
+        ("sleep: '{{ a }}'", "the steps need each other in a circle: a -> a"),
+        ("until: tomorrow", "until: must be a time with its zone, such as 2026-01-31T06:00:00Z or"),
+        ("until: 2026-01-31T06:00:00", "until: must be a time with its zone"),
+        ("until: 2026-02-31T06:00:00Z", "until: must be a time with its zone"),
+        ("until: 2026-01-31", "until: must be a time with its zone"),
+        ("until: 5", "until: must be a time with its zone"),
+        ("until: '{{ steps.c.output }}'", "until: unknown step 'c'"),
+        (
+            "sleep: 1h, until: 2026-01-31T06:00:00Z",
+            "a step has exactly one of `task:`, `workflow:`, `sleep:` and `until:`",
+        ),
+        ("task: t:a, sleep: 1h", "a step has exactly one of `task:`"),
+        (
+            "task: t:a, with: {x: '{{ run.failures }}'}",
+            "with.x: `run.failures` is known only to the steps of `on_failure:`",
+        ),
+        ("task: t:a, if: '{{ run.error }}'", "if: `run.error` is known only to the steps of `on_failure:`"),
+        ("task: t:a, with: {x: '{{ run.idd }}'}", "with.x: unknown name 'run.idd'; did you mean 'run.id'?"),
         ("task: 5", "task: must be text, not 5"),
         ("task: ''", "task: must not be empty"),
         ("task: ", "task: has no value; give it one, or take the key away"),
-        ("task: t:a, workflow: b", "a step has either `task:` or `workflow:`"),
-        ("description: x", "a step has either `task:` or `workflow:`"),
+        ("task: t:a, workflow: b", "a step has exactly one of `task:`, `workflow:`, `sleep:` and `until:`"),
+        ("description: x", "a step has exactly one of `task:`, `workflow:`, `sleep:` and `until:`"),
         ("task: t:a, with: [1]", "with: must be a mapping, not a list"),
         ("task: t:a, with: {x: '{{ bb }}'}", "with.x: unknown step or name 'bb'; did you mean 'b'?"),
         ("task: t:a, with: {x: '{{ steps.c.state }}'}", "with.x: unknown step 'c'"),
@@ -298,14 +490,17 @@ def test_every_circle_is_shown():
 def test_all_faults_of_a_file_come_at_once():
     """What is wrong in shape does not hide what is wrong in meaning."""
     text = (
-        "workflow: 5\ntimeout: 1\non: [{s3: {}}, {event: {a: b}}]\nparams: {p: str}\nsteps:\n"
-        "  a: {task: 1, needs: [c], retry: {}}\n  b: {task: t:b, with: {x: '{{ cc }}'}, if: '{{ b( }}'}\n"
-        "  c: [1]\noutput: '{{ d }}'\n"
+        "workflow: 5\ntimeout: 0\non: [{s3: {}}, {event: {a: b}}]\nparams: {p: str}\nsteps:\n"
+        "  a: {task: 1, needs: [c], retry: {jitter: x, n: 1}}\n"
+        "  b: {task: t:b, with: {x: '{{ cc }}'}, if: '{{ b( }}'}\n"
+        "  c: [1]\noutput: '{{ d }}'\nfinally: {e: {sleep: x}}\n"
     )
     fields = [(fault.line, fault.field) for fault in read(text).faults]
     assert fields == [
         (1, "workflow"), (2, "timeout"), (3, "on.0.s3"), (3, "on.1.event.a"), (4, "params.p"), (6, "steps.a.task"),
-        (6, "steps.a.retry"), (7, "steps.b.if"), (7, "steps.b.with.x"), (8, "steps.c"), (9, "output"),
+        (6, "steps.a.retry.jitter"), (6, "steps.a.retry.n"),
+        (7, "steps.b.if"), (7, "steps.b.with.x"), (8, "steps.c"), (9, "output"),
+        (10, "finally.e.sleep"),
     ]  # fmt: skip
     assert {fault.file for fault in read(text).faults} == {"workflows/w.yaml"}
 
@@ -344,6 +539,32 @@ def test_a_duration_has_an_end(text):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-31T06:00:00Z", "2026-01-31T07:00:00+01:00", "2026-01-31t06:00:00.000z", "2026-01-31 05:30:00.0-00:30",
+    ],
+)  # fmt: skip
+def test_times(text):
+    """RFC 3339, in UTC whatever zone was given."""
+    found = parse_time(text)
+    assert (found, found.tzinfo) == (datetime(2026, 1, 31, 6, tzinfo=UTC), UTC)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "now", 5, None, "2026-01-31", "2026-01-31T06:00:00", "2026-01-31T06:00Z", "20260131T060000Z",
+        "2026-13-31T06:00:00Z", "2026-01-31T25:00:00Z", "2026-01-31T06:00:60Z", "0001-01-01T00:00:00+23:00",
+        "2026-01-31T06:00:00+99:00", "２026-01-31T06:00:00Z",
+    ],
+)  # fmt: skip
+def test_nonsense_is_no_time(text):
+    """The error says what a time looks like."""
+    with pytest.raises(ValueError, match="must be a time with its zone"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [(7, 7), ("7", 7), ("7B", 7), ("10KB", 10_000), ("10 kb", 10_000), ("1KiB", 1024), ("2MB", 2_000_000)],
 )
@@ -363,16 +584,29 @@ def test_the_schema_is_what_is_read():
     """Every key that is read is in the JSON Schema with words for an editor, the short forms too."""
     schema = json_schema()
     assert schema["required"] == ["workflow", "steps"]
-    assert set(schema["properties"]) == {"workflow", "description", "on", "params", "steps", "output"}
+    assert set(schema["properties"]) == {
+        "workflow", "description", "on", "params", "retry", "timeout", "steps", "on_failure", "finally", "output",
+    }  # fmt: skip
     definitions = schema["$defs"]
     assert set(definitions["Step"]["properties"]) == {
-        "task", "workflow", "with", "needs", "foreach", "max_parallel", "if", "trigger_rule", "pool", "description",
+        "task", "workflow", "sleep", "until", "with", "needs", "foreach", "max_parallel", "if", "trigger_rule",
+        "retry", "timeout", "memory", "pool", "description",
     }  # fmt: skip
     assert set(definitions["On"]["properties"]) == {"file", "event"}
     for name in ("Step", "FileTrigger", "On"):
         assert definitions[name]["additionalProperties"] is False
         assert all(field.get("description") for field in definitions[name]["properties"].values())
     assert definitions["FileTrigger"]["properties"]["settle"]["anyOf"][0]["type"] == "number"
+    number, policy = definitions["Step"]["properties"]["retry"]["anyOf"]
+    assert number["minimum"] == 1
+    assert list(policy["properties"]) == [field.name for field in fields(RetryPolicy)]
+    assert policy["additionalProperties"] is False
+    for name, field in policy["properties"].items():
+        assert field["description"]
+        given = {} if "default" not in field else {name: field["default"]}
+        assert RetryPolicy(**given) == RetryPolicy()
+    assert policy["properties"]["jitter"]["enum"] == list(Jitter)
+    assert definitions["Step"]["oneOf"] == [{"required": [k]} for k in ("task", "workflow", "sleep", "until")]
     assert {"$ref": "#/$defs/Param"} in schema["properties"]["params"]["additionalProperties"]["anyOf"]
     assert '"null"}' not in json.dumps(schema)
 
@@ -386,6 +620,12 @@ TEMPLATE = st.recursive(
 STEP = st.builds(
     Step,
     id=NAME,
+    phase=st.sampled_from(Phase),
+    sleep=st.none() | st.just("1h") | st.integers(0, 9) | st.just({"$expr": "b"}),
+    until=st.none() | st.just("2026-01-31T06:00:00Z") | st.just({"$text": "{{ b }}Z"}),
+    retry=st.none() | POLICY,
+    timeout_s=st.none() | st.floats(0.1, 1e9),
+    memory=st.none() | st.integers(10**6, 10**15),
     task=st.none() | st.just("tasks:a"),
     workflow=st.none() | NAME,
     with_=st.dictionaries(NAME, TEMPLATE, max_size=2),
@@ -413,6 +653,8 @@ WORKFLOW = st.builds(
     steps=st.lists(STEP, max_size=3).map(tuple),
     on=st.lists(ON, max_size=2).map(tuple),
     params=st.dictionaries(NAME, PARAM, max_size=2),
+    retry=st.none() | POLICY,
+    timeout_s=st.none() | st.floats(0.1, 1e9),
     output=TEMPLATE,
     description=st.text(max_size=5),
 )

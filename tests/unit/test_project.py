@@ -20,7 +20,8 @@ from orchestrator.project import (
     resolve_task,
     takes_context,
 )
-from orchestrator.workflows import OnFile
+from orchestrator.retries import RetryPolicy
+from orchestrator.workflows import Defaults, OnFile
 
 TASKS = """
 def split(path, parts=2): return [path]
@@ -271,7 +272,111 @@ def test_a_nested_workflow_with_faults_of_its_own_is_not_also_unknown(project):
         }
     )
     (fault,) = faults_of(root)
-    assert fault.startswith("workflows/inner.yaml:2: steps.a.x: unknown key 'x'; known: task, workflow, with, needs")
+    assert fault.startswith(
+        "workflows/inner.yaml:2: steps.a.x: unknown key 'x'; known: task, workflow, sleep, until, with, needs"
+    )
+
+
+RETRIES = """
+from orchestrator import RetryPolicy, task
+
+@task(retry=RetryPolicy(maximum_attempts=5), timeout="5m", memory="1GB")
+def patient(): ...
+
+@task
+def plain(): ...
+"""
+TRIED = """
+workflow: w
+{retry}
+steps:
+  own: {{task: lib:patient, retry: 7, timeout: 1s, memory: 2MB}}
+  of_task: {{task: lib:patient}}
+  plain: {{task: lib:plain}}
+  part: {{task: lib:patient, timeout: 1s}}
+  nested: {{workflow: inner}}
+  nested_own: {{workflow: inner, retry: 7, timeout: 1s}}
+  nap: {{sleep: 1h}}
+on_failure:
+  tell: {{task: lib:plain}}
+finally:
+  clean: {{task: lib:patient}}
+"""
+PROJECT_DEFAULTS = Defaults(retry=RetryPolicy(maximum_attempts=2), timeout_s=60.0, memory=10**8)
+
+
+@pytest.mark.parametrize("load", [load_project, load_in_subprocess])
+def test_a_step_says_how_it_is_tried_else_its_task_its_workflow_its_project(project, load):
+    """The nearest that says it; what one says of timeouts does not hide what another says of retries."""
+    files = {"lib.py": RETRIES, "workflows/inner.yaml": yaml(name="inner")}
+
+    def tried(retry, **options):
+        found = load(project(**files, **{"workflows/w.yaml": TRIED.format(retry=retry)}), **options)
+        assert found.faults == []
+        steps = found.workflows["w"].steps
+        return {s.id: (s.retry.maximum_attempts if s.retry else None, s.timeout_s, s.memory) for s in steps}
+
+    always = {
+        "own": (7, 1.0, 2_000_000), "of_task": (5, 300.0, 10**9), "part": (5, 1.0, 10**9), "clean": (5, 300.0, 10**9),
+        "nested": (None, None, None), "nested_own": (7, 1.0, None), "nap": (None, None, None),
+    }  # fmt: skip
+    assert tried("") == always | dict.fromkeys(("plain", "tell"), (None, None, None))
+    assert tried("retry: 3") == always | dict.fromkeys(("plain", "tell"), (3, None, None))
+    assert tried("", defaults=PROJECT_DEFAULTS) == always | dict.fromkeys(("plain", "tell"), (2, 60.0, 10**8))
+    assert tried("retry: 3", defaults=PROJECT_DEFAULTS) == always | dict.fromkeys(("plain", "tell"), (3, 60.0, 10**8))
+
+
+def test_what_a_task_says_of_attempts_holds_in_python_as_in_yaml(project):
+    """It is resolved when the project is loaded, and not when the graph is drawn."""
+    text = RETRIES + (
+        "from orchestrator import sleep, workflow\n"
+        "@workflow(retry=3, timeout='1h', on_failure=lambda: plain())\n"
+        "def w():\n"
+        "    patient()\n"
+        "    patient.options(retry=1, memory='2GB')()\n"
+        "    plain()\n"
+        "    sleep(1)\n"
+    )
+    found = load_project(project(**{"w.py": text}), defaults=PROJECT_DEFAULTS)
+    assert found.faults == []
+    workflow = found.workflows["w"]
+    assert (workflow.retry, workflow.timeout_s) == (RetryPolicy(maximum_attempts=3), 3600.0)
+    assert [(s.id, s.retry and s.retry.maximum_attempts, s.timeout_s, s.memory) for s in workflow.steps] == [
+        ("patient", 5, 300.0, 10**9),
+        ("patient_2", 1, 300.0, 2 * 10**9),
+        ("plain", 3, 60.0, 10**8),
+        ("sleep", None, None, None),
+        ("plain_2", 3, 60.0, 10**8),
+    ]
+
+
+def test_steps_of_hooks_are_checked_as_others_are(project):
+    """Their tasks, arguments, nested workflows and pools, at the line of their field."""
+    text = yaml() + (
+        "on_failure:\n  b:\n    task: tasks:splt\n  c:\n    workflow: w2\n"
+        "finally:\n  d:\n    task: tasks:split\n    pool: cpus\n    with: {pth: 1, path: 2}\n"
+    )
+    root = project(**{"workflows/w.yaml": text})
+    assert faults_of(root, pools=["default", "cpu"]) == [
+        "workflows/w.yaml:8: on_failure.b.task: no 'splt' in 'tasks'; did you mean 'split'?",
+        "workflows/w.yaml:10: on_failure.c.workflow: unknown workflow 'w2'; did you mean 'w'?",
+        "workflows/w.yaml:14: finally.d.pool: unknown pool 'cpus'; did you mean 'cpu'?",
+        "workflows/w.yaml:15: finally.d.with.pth: unknown argument 'pth'; did you mean 'path'?",
+    ]
+    root = project(**{"workflows/w.yaml": yaml() + "finally: {b: {workflow: w}}\n"})
+    assert faults_of(root) == ["workflows/w.yaml:1: steps: the workflows run each other in a circle: w -> w"]
+
+
+def test_a_hook_of_another_file_has_its_faults_there(project):
+    """And the workflow that uses it does not run."""
+    hooks = "import tasks\nfrom orchestrator import task\nsplit = task(tasks.split)\n"
+    hooks += "def tell():\n    split.options(pool='cpus')('a')\n"
+    flow = "import hooks\nfrom orchestrator import workflow\n@workflow(finally_=hooks.tell)\ndef w():\n"
+    root = project(**{"lib/__init__.py": "", "hooks.py": hooks, "w.py": flow + "    hooks.split('a')\n"})
+    found = load_project(root, pools=["default"])
+    (fault,) = found.faults
+    assert str(fault).startswith("hooks.py:5: finally.split_2.pool: unknown pool 'cpus'")
+    assert found.workflows == {}
 
 
 def test_pools_must_be_known_if_they_are_declared(project):

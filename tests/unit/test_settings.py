@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import SettingsError
+from orchestrator.retries import RetryPolicy
 from orchestrator.settings import Settings, mask_url, read_secret
+from orchestrator.workflows import Defaults
 
 
 def load(tmp_path: Path, text: str = "", environ: dict[str, str] | None = None, **flags: object) -> Settings:
@@ -65,7 +67,25 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
         ("[settings]\nhost = ''", "host must not be empty"),
         ("[settings]\nbroker_url = 'redis://:hunter2/x@h:1/0'", "broker_url is not a URL; quote"),
         ("[settings]\nbroker_url = 'redis://:a@hunter2@h:1/0'", "broker_url is not a URL; quote"),
+        ("[settings]\nsentry_dsn = 'https://hunter2@h'", "sentry_dsn must be env:NAME, file:PATH or a DSN"),
+        ("[settings]\nsentry_dsn = 'hunter2'", "sentry_dsn must be env:NAME, file:PATH or a DSN"),
         ("[secrets]\nA = 'hunter2'", "secrets.A: must be env:NAME or file:PATH, never the secret itself"),
+        ("defaults = 3", "defaults: must be a table, as in [defaults]"),
+        (
+            "[defaults]\nretries = 3",
+            "orchestrator.toml: defaults.retries: unknown key 'retries'; did you mean 'retry'?",
+        ),
+        ("[defaults]\nretry = 0", "orchestrator.toml: defaults.retry: must be a whole number from 1"),
+        ("[defaults]\nretry = 'x'", "orchestrator.toml: defaults.retry: must be a mapping, or the number of attempts"),
+        (
+            "[defaults.retry]\njitter = 'x'",
+            "orchestrator.toml: defaults.retry.jitter: must be one of full, equal, none",
+        ),
+        ("[defaults.retry]\nnap = 1", "orchestrator.toml: defaults.retry.nap: unknown key 'nap'"),
+        ("[defaults]\ntimeout = 0", "orchestrator.toml: defaults.timeout: must be more than 0, not 0"),
+        ("[defaults]\ntimeout = 'soon'", "orchestrator.toml: defaults.timeout: must be a duration, such as"),
+        ("[defaults]\nmemory = '1XB'", "orchestrator.toml: defaults.memory: must be a number of bytes"),
+        ("[defaults]\nmemory = 0", "orchestrator.toml: defaults.memory: must be from 1MB to 1000000GB"),
         ("[settings", "orchestrator.toml: "),
     ],
 )
@@ -78,9 +98,23 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, text: str, message: str)
 
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as error:
-        load(tmp_path, "[settings]\nnope = 1\n[other]\n", {"ORCHESTRATOR_PROT": "1"})
+        load(
+            tmp_path,
+            "[settings]\nnope = 1\n[other]\n[defaults]\ntimeout = 0\nretry = {jitter = 1, maximum_attempts = 0}\n",
+            {"ORCHESTRATOR_PROT": "1"},
+        )
     assert str(error.value).count(";") >= 2
+    for field in ("timeout", "retry.jitter", "retry.maximum_attempts"):
+        assert f"defaults.{field}: must be" in str(error.value)
     assert "ORCHESTRATOR_PROT: unknown setting 'prot'; did you mean 'port'?" in str(error.value)
+
+
+def test_defaults_of_steps_are_read(tmp_path: Path) -> None:
+    assert load(tmp_path).defaults == Defaults()
+    text = "[defaults]\ntimeout = '1h'\nmemory = '1GiB'\n[defaults.retry]\nmaximum_attempts = 5\njitter = 'none'\n"
+    retry = RetryPolicy(maximum_attempts=5, jitter="none")
+    assert load(tmp_path, text).defaults == Defaults(retry=retry, timeout_s=3600.0, memory=2**30)
+    assert load(tmp_path, "[defaults]\nretry = 5").defaults == Defaults(retry=RetryPolicy(maximum_attempts=5))
 
 
 def test_passwords_are_masked() -> None:
@@ -97,3 +131,18 @@ def test_secrets_are_read_by_reference(tmp_path: Path, monkeypatch: pytest.Monke
         read_secret("env:NOT_THERE")
     with pytest.raises(SettingsError, match="No such file"):
         read_secret(f"file:{tmp_path / 'no'}")
+
+
+def test_a_dsn_is_read_where_it_is_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dsn = "https://hunter2@sentry.example/path/42"
+    monkeypatch.setenv("A_DSN", dsn)
+    (tmp_path / "dsn").write_text(f"{dsn}\n")
+    (tmp_path / "odd").write_text("hunter2")
+    for given in (dsn, "env:A_DSN", f"file:{tmp_path / 'dsn'}"):
+        found = load(tmp_path, environ={"ORCHESTRATOR_SENTRY_DSN": given})
+        assert found.read_sentry_dsn() == dsn
+        assert "hunter2" not in repr(found)
+    assert load(tmp_path).read_sentry_dsn() == ""
+    with pytest.raises(SettingsError, match="is no DSN") as error:
+        load(tmp_path, environ={"ORCHESTRATOR_SENTRY_DSN": f"file:{tmp_path / 'odd'}"}).read_sentry_dsn()
+    assert "hunter2" not in str(error.value)

@@ -10,8 +10,9 @@ from orchestrator.definitions import read_definition
 from orchestrator.errors import DefinitionError, TracingError
 from orchestrator.expressions import evaluate
 from orchestrator.outputs import Output, errors_of, event, index, item, state_of
-from orchestrator.tracing import on, task, workflow
-from orchestrator.workflows import OnEvent, OnFile, Param
+from orchestrator.retries import RetryPolicy
+from orchestrator.tracing import on, sleep, task, until, workflow
+from orchestrator.workflows import Defaults, OnEvent, OnFile, Param, Phase
 
 HERE = Path(__file__)
 
@@ -322,6 +323,196 @@ def test_a_workflow_within_a_workflow_is_a_step():
     assert (second.id, second.with_) == ("inner_2", {"a": {"$expr": "item"}, "b": 4})
 
 
+def test_attempts_of_a_step_and_of_all():
+    """Options are the step's own; what the task says is put in when the project is loaded."""
+
+    @task(retry=RetryPolicy(maximum_attempts=5), timeout="5m", memory="1GB")
+    def patient(): ...
+
+    def w():
+        patient()
+        patient.options(retry=2, timeout=1.5, memory="512MB")()
+
+    found = drawn(w, retry=RetryPolicy(jitter="none"), timeout="1h")
+    assert patient.defaults == Defaults(retry=RetryPolicy(maximum_attempts=5), timeout_s=300.0, memory=10**9)
+    assert (found.retry, found.timeout_s) == (RetryPolicy(jitter="none"), 3600.0)
+    assert [(s.retry, s.timeout_s, s.memory) for s in found.steps] == [
+        (None, None, None),
+        (RetryPolicy(maximum_attempts=2), 1.5, 512_000_000),
+    ]
+    assert task(retry=None, timeout=None)(split.function).defaults == Defaults()
+
+
+def test_steps_that_wait():
+    """They are called, mapped and given options as tasks are."""
+
+    def w(event, hours: int = 1):
+        first = sleep("1h")
+        second = until(event.data["due"])
+        sleep.options(id="nap", needs=[first, second], if_=hours > 1)(f"{hours}h")
+        sleep.options(max_parallel=2).map([1, 2])
+        until.map(event.data.times)
+        return anything(x=second)
+
+    *waits, last = drawn(w).steps
+    assert [(s.id, s.sleep, s.until, s.foreach) for s in waits] == [
+        ("sleep", "1h", None, None),
+        ("until", None, {"$expr": "event.data.due"}, None),
+        ("nap", {"$text": "{{ params.hours }}h"}, None, None),
+        ("sleep_2", {"$expr": "item"}, None, [1, 2]),
+        ("until_2", None, {"$expr": "item"}, {"$expr": "event.data.times"}),
+    ]
+    assert (waits[2].needs, waits[2].if_) == (("sleep", "until"), {"$expr": "params.hours > 1"})
+    assert last.upstream() == ("until",)
+
+
+def test_a_wait_has_no_meaning_outside_a_workflow():
+    """It would not wait, so it says so."""
+    with pytest.raises(TracingError, match=r"`sleep\(...\)` is a step, and has a meaning only in a @workflow function"):
+        sleep("1h")
+
+
+def _wrong_waits():
+    sleep("soon")
+    until("tomorrow")
+    sleep.options(retry=3, pool="cpu")("1h")
+    sleep.options(timout=3)("1h")
+    sleep.options(id="x")("1h", "2h")
+    sleep.map([1], when="2h")
+    until(object())
+    sleep(item)
+
+
+def test_wrong_waits_are_collected():
+    """As wrong calls are."""
+    found = [(line, field) for line, field, _ in faults_of(_wrong_waits)]
+    assert sorted(found) == [
+        (1, "steps.sleep.sleep"), (2, "steps.until.until"), (3, "steps.sleep_2.pool"), (3, "steps.sleep_2.retry"),
+        (4, "steps.sleep_3.timout"), (5, "steps.x"), (6, "steps.sleep_4"), (7, "steps.until_2.until"),
+        (8, "steps.sleep_5.sleep"),
+    ]  # fmt: skip
+
+
+def test_hooks_are_drawn_by_functions_of_their_own():
+    """They get by name what they ask for: event, run, parameters, and the outputs of the workflow's steps."""
+
+    def on_failure(run, event, region, total, note="n"):
+        first = anything(x=[run.failures, event.id, region, total, state_of(total), note])
+        report.options(needs=[first])([], title=f"failed: {run.error}")
+
+    def w(event, region: str = "eu"):
+        return total(split(event.data.path))
+
+    found = drawn(w, on_failure=on_failure, finally_=lambda run: anything(x=run.state))
+    assert [(s.phase, s.id) for s in found.steps] == [
+        (Phase.STEPS, "split"),
+        (Phase.STEPS, "total"),
+        (Phase.ON_FAILURE, "anything"),
+        (Phase.ON_FAILURE, "report"),
+        (Phase.FINALLY, "anything_2"),
+    ]
+    assert found.step("anything").with_["x"] == [
+        *({"$expr": source} for source in ("run.failures", "event.id", "params.region", "total", "steps.total.state")),
+        "n",
+    ]
+    assert found.step("report").with_["title"] == {"$text": "failed: {{ run.error }}"}
+    assert found.upstream_of(found.step("report")) == ("anything",)
+    assert found.upstream_of(found.step("anything")) == ()
+
+
+def test_hooks_in_yaml_and_python_give_the_same_workflow():
+    """Also with attempts and waits."""
+
+    def tell(run):
+        anything(x=run.failures)
+
+    @workflow(on_failure=tell, finally_=lambda: sleep("1m"), retry=2, timeout="1h")
+    def nightly(path: str):
+        split.options(retry=RetryPolicy(initial_interval="2s"), timeout="5m", memory="1GB")(path)
+
+    text = """
+workflow: nightly
+params: {path: string}
+retry: 2
+timeout: 1h
+steps:
+  split:
+    task: MODULE:split
+    with: {path: "{{ params.path }}"}
+    retry: {initial_interval: 2s}
+    timeout: 5m
+    memory: 1GB
+on_failure:
+  anything:
+    task: MODULE:anything
+    with: {x: "{{ run.failures }}"}
+finally:
+  sleep: {sleep: 1m}
+"""
+    from_yaml = read_definition(Path("nightly.yaml"), text.replace("MODULE", __name__))
+    from_python = nightly.trace()
+    assert from_yaml.faults == from_python.faults == []
+    assert from_python.workflow == from_yaml.workflow
+
+
+def _main():
+    split("a")
+
+
+def _reads_what_there_is_not(runn):
+    anything(x=1)
+
+
+def _breaks_off(run):
+    anything(x=1)
+    if run.failures:
+        pass
+
+
+def _needs_main(split):
+    anything.options(needs=[split])(x=1)
+
+
+async def _is_async():
+    anything(x=1)
+
+
+@pytest.mark.parametrize(
+    ("hook", "line", "field", "message"),
+    [
+        (5, None, "on_failure", "must be a plain function that draws steps, not 5"),
+        (_is_async, None, "on_failure", "must be a plain function that draws steps, not <function"),
+        (print, None, "on_failure", "must be a plain function that draws steps, not <built-in"),
+        (lambda: None, 0, "on_failure", "draws no step; call a task in it"),
+        (_reads_what_there_is_not, 0, "on_failure", "unknown parameter 'runn'; did you mean 'run'?"),
+        (_breaks_off, 2, "on_failure", "`if`, `and`, `or`, `not` cannot be used on <Output run.failures>"),
+        (_needs_main, 1, "on_failure.anything.needs", "'split' is a step of `steps:`; only other steps of `steps:`"),
+        (lambda: anything(x=item), 0, "on_failure.anything.with.x", "`item` has a meaning only in a step with"),
+        (
+            lambda run: anything(x=run.failed),
+            0,
+            "on_failure.anything.with.x",
+            "unknown name 'run.failed'; did you mean",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_hook_is_a_fault_there(hook, line, field, message):
+    """At its own lines, or at the workflow's where it has none."""
+    found, faults, _ = workflow(name="w", on_failure=hook)(_main).trace()
+    (fault,) = faults
+    start = (_main if line is None else hook).__code__.co_firstlineno
+    assert (fault.file, fault.line, fault.field) == (str(HERE), start + (line or 0), field)
+    assert fault.message.startswith(message)
+    assert found.steps[0].id == "split"
+
+
+def test_the_steps_themselves_know_nothing_of_how_the_run_ended():
+    """Only hooks come after that."""
+    ((_, field, message),) = faults_of(lambda run: anything(x=run.failures))
+    assert field == "steps.anything.with.x"
+    assert message.startswith("`run.failures` is known only to the steps of `on_failure:` and `finally:`")
+
+
 def test_on_and_descriptions():
     """As in YAML; a description is the first paragraph of the docstring."""
 
@@ -420,7 +611,7 @@ def _wrong_calls():
     total.map("abc")
     split.options(id="split")("a")
     split.options(trigger_rule="all_sucess", max_parallel="3")("a")
-    split.options(retry=3, pol="x")("a")
+    split.options(retry={"jitter": 1, "nap": 2}, pol="x", timeout=0, memory="1")("a")
     split.options(needs=[event.data, 5])("a")
     split.options(needs="nothing")("a")
     split.options(max_parallel=3)("a")
@@ -436,7 +627,9 @@ def test_wrong_calls_are_collected():
         (1, "steps.split.with"), (2, "steps.split_2.with.prats"), (3, "steps.split_3"), (4, "steps.split_4.with.path"),
         (5, "steps.total.with.context"), (6, "steps.anything.with.x"), (7, "steps.anything_2.with.x"),
         (8, "steps.total_2.foreach"), (9, "steps.split"), (10, "steps.split_6.trigger_rule"),
-        (10, "steps.split_6.max_parallel"), (11, "steps.split_7.retry"), (11, "steps.split_7.pol"),
+        (10, "steps.split_6.max_parallel"), (11, "steps.split_7.retry.jitter"),
+        (11, "steps.split_7.retry.nap"), (11, "steps.split_7.pol"), (11, "steps.split_7.timeout"),
+        (11, "steps.split_7.memory"),
         (12, "steps.split_8.needs"), (12, "steps.split_8.needs"), (13, "steps.split_9.needs"),
         (14, "steps.split_10.max_parallel"), (15, "steps.anything_3.with.x"), (16, "steps.anything_4.with.x"),
         (17, "steps.anything_5.with.x"),
@@ -446,7 +639,8 @@ def test_wrong_calls_are_collected():
         "missing argument: path", "unknown argument 'prats'; did you mean 'parts'?", "3 arguments are given by",
         "'path' is given twice", "`context` is given by the worker", "is not a JSON value", "must be plain text, not 1",
         "takes a list or the output", "two steps have the id 'split'", "did you mean 'all_success'?",
-        "must be a whole number", "`retry` is not yet in force", "unknown option 'pol'; did you mean 'pool'?",
+        "must be a whole number", "must be more than 0", "unknown key 'nap'",
+        "unknown option 'pol'; did you mean 'pool'?",
         "must be steps, by id or output", "unknown step 'nothing'", "belongs to a step with `foreach:`",
         "`item` has a meaning",
         "no filter named 'lenght'",
@@ -489,10 +683,19 @@ def test_a_workflow_needs_steps_and_a_name():
 @pytest.mark.parametrize(
     ("decorate", "field", "message"),
     [
-        (lambda: task(retry=3), "task.retry", "`retry` is not yet in force"),
-        (lambda: task(timeout="5m"), "task.timeout", "`timeout` is not yet in force"),
+        (lambda: task(retry=0), "task.retry", "must be a whole number from 1"),
+        (lambda: task(retry="often"), "task.retry", "must be a mapping, or the number of attempts, not 'often'"),
+        (lambda: task(retry={"jitter": 1}), "task.retry.jitter", "must be one of full, equal, none, not 1"),
+        (lambda: task(retry=RetryPolicy(jitter="x")), "RetryPolicy.jitter", "must be one of full, equal, none"),
+        (lambda: task(timeout=0), "task.timeout", "must be more than 0, not 0"),
+        (lambda: task(timeout="soon"), "task.timeout", "must be a duration, such as"),
+        (lambda: task(memory=512), "task.memory", "must be from 1MB to 1000000GB, such as 512MB"),
+        (lambda: task(timout=3), "task.timout", "unknown argument 'timout'; did you mean 'timeout'?"),
         (lambda: task(pol="x"), "task.pol", "unknown argument 'pol'; did you mean 'pool'?"),
-        (lambda: workflow(timeout=3), "workflow.timeout", "`timeout` is not yet in force"),
+        (lambda: workflow(timeout=0), "workflow.timeout", "must be more than 0, not 0"),
+        (lambda: workflow(retry=-1), "workflow.retry", "must be a whole number from 1"),
+        (lambda: workflow(memory="1GB"), "workflow.memory", "unknown argument 'memory'"),
+        (lambda: workflow(finaly=3), "workflow.finaly", "unknown argument 'finaly'; did you mean 'finally_'?"),
         (lambda: workflow(nam="x"), "workflow.nam", "unknown argument 'nam'; did you mean 'name'?"),
         (lambda: on.file("a", glub="x"), "on.file.glub", "unknown key 'glub'; did you mean 'glob'?"),
         (lambda: on.file("a", settle="soon"), "on.file.settle", "must be a duration"),
