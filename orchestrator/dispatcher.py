@@ -17,8 +17,9 @@ from urllib.parse import quote
 import structlog
 
 from orchestrator.bus import EventBus
+from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.engine import Engine, now_ms
-from orchestrator.errors import InputError, OrchestratorError, UnavailableError
+from orchestrator.errors import InputError, OrchestratorError, UnavailableError, one_line
 from orchestrator.events import FILE_CREATED, MANUAL, Event
 from orchestrator.patterns import EventPattern
 from orchestrator.plan import Plan
@@ -94,7 +95,11 @@ class Dispatcher:
         try:
             event = Event.from_json(body)
         except InputError as exc:
-            self._set_aside(raw, str(exc))
+            # What it found instead is a piece of the body.
+            self._set_aside(raw, "not_an_event", str(exc).partition(", not ")[0])
+            return
+        except Exception as exc:  # noqa: BLE001 -- JSON that is read may still be too deep or too large to be shown
+            self._set_aside(raw, "not_an_event", f"it cannot be read as an event ({type(exc).__name__})")
             return
         wait_s = 0.1
         while True:
@@ -108,12 +113,12 @@ class Dispatcher:
                     raise
                 wait_s = min(wait_s * 2, 5.0)
             except Exception as exc:  # noqa: BLE001 -- trying again would not help it, and would hold up all others
-                self._set_aside(raw, f"it could not be dispatched: {type(exc).__name__}: {exc}")
+                self._set_aside(raw, "dispatch", f"it could not be dispatched: {type(exc).__name__}: {exc}")
                 return
 
-    def _set_aside(self, raw: bytes, reason: str) -> None:
-        self._engine.ledger.set_aside(raw, reason, now_ms())
-        log.error("event_set_aside", reason=reason)
+    def _set_aside(self, raw: bytes, reason: str, detail: str) -> None:
+        self._engine.ledger.set_aside(raw, reason, now_ms(), detail=detail, queue=EVENT_QUEUE)
+        log.error("event_set_aside", reason=reason, detail=one_line(detail))
 
     def dispatch(self, event: Event) -> dict[str, str]:
         """Start what an event asks for and return the verdict of each workflow; idempotent.

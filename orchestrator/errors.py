@@ -61,6 +61,10 @@ class NotFoundError(OrchestratorError):
     """A run, workflow or event with that name or id is not known (or is past its retention)."""
 
 
+class InFlightError(OrchestratorError):
+    """What was asked for needs a run that has ended, and this one is going on."""
+
+
 class UnavailableError(OrchestratorError):
     """The broker, the ledger or the disk cannot take what it was asked to take; trying later may work."""
 
@@ -86,3 +90,10 @@ class TaskNotFoundError(OrchestratorError):
         self.line = line
         where = f" ({file}:{line})" if file else ""
         super().__init__(f"task {reference!r}: {reason}{where}")
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return any text as one line that can be printed: what cannot is written as an escape, what is long is cut."""
+    line = " ".join(text[: 2 * limit].split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -56,6 +56,8 @@ class Settings:
     port: int = 0
     #: How long runs and events are kept after they have ended.
     retention_s: int = 30 * 86400
+    #: How long dead letters are kept.
+    dead_letters_retention_s: int = 30 * 86400
     #: How long an event is recognised when it comes again.
     dedupe_s: int = 7 * 86400
     #: Values of more bytes go to the blob store.

@@ -484,9 +484,10 @@ class Ledger:
             pipe.set(keys.seen_key(event.key), "1", ex=dedupe_s)
             self._guard(pipe.execute)
 
-    def set_aside(self, raw: bytes, reason: str, now_ms: int) -> None:
-        """Keep the bytes of a message that is no event, with the reason."""
-        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, keys.set_aside_record(raw, reason, now_ms)))
+    def set_aside(self, raw: bytes, reason: str, now_ms: int, *, detail: str = "", queue: str = "") -> None:
+        """Keep the bytes of a message that nobody can process, until they are a dead letter (deadletters.py)."""
+        record = keys.set_aside_record(raw, reason, now_ms, detail=detail, queue=queue)
+        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, record))
 
     # File marks (triggers/files.py)
 
