@@ -307,7 +307,8 @@ class Redrive:
             for letter in come:
                 before = self._sent.get(letter.id)
                 if before and letter.fingerprint == before.fingerprint and letter.last_at > before.last_at:
-                    self._summary.stopped = f"{letter.slot} of run {letter.run} failed as before: fingerprint {letter.fingerprint} came back"
+                    again = f"fingerprint {letter.fingerprint} came back"
+                    self._summary.stopped = f"{letter.slot} of run {letter.run} failed as before: {again}"
                     return True
             if not come or come[-1].last_at <= self._watched_ms:
                 return False
