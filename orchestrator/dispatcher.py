@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from orchestrator.bus import EventBus
+from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError
 from orchestrator.events import FILE_CREATED, MANUAL, Event
@@ -92,7 +93,11 @@ class Dispatcher:
         try:
             event = Event.from_json(body)
         except InputError as exc:
-            self._set_aside(raw, str(exc), type(exc))
+            # What it found instead is a piece of the body.
+            self._set_aside(raw, "not_an_event", str(exc).partition(", not ")[0])
+            return
+        except Exception as exc:  # noqa: BLE001 -- JSON that is read may still be too deep or too large to be shown
+            self._set_aside(raw, "not_an_event", f"it cannot be read as an event ({type(exc).__name__})")
             return
         with bound(event_id=event.id):
             self._insist(event, raw)
@@ -110,13 +115,12 @@ class Dispatcher:
                     raise
                 wait_s = min(wait_s * 2, 5.0)
             except Exception as exc:  # noqa: BLE001 -- trying again would not help it, and would hold up all others
-                self._set_aside(raw, f"it could not be dispatched: {type(exc).__name__}: {exc}", type(exc))
+                self._set_aside(raw, "dispatch", f"it could not be dispatched: {type(exc).__name__}: {exc}")
                 return
 
-    def _set_aside(self, raw: bytes, reason: str, kind: type[Exception]) -> None:
-        self._engine.ledger.set_aside(raw, reason, now_ms())
-        # The reason may quote the event.
-        log.error("event_set_aside", error=kind.__name__)
+    def _set_aside(self, raw: bytes, reason: str, detail: str) -> None:
+        self._engine.ledger.set_aside(raw, reason, now_ms(), detail=detail, queue=EVENT_QUEUE)
+        log.error("event_set_aside", reason=reason)  # the detail may quote the event
 
     def dispatch(self, event: Event) -> dict[str, str]:
         """Start what an event asks for and return the verdict of each workflow; idempotent.

@@ -58,8 +58,8 @@ class Engine:
     def publish(self, run: str, rows: Sequence[str], *, plan: Plan | None = None) -> None:
         """Publish units that have become ready, do the chores among the rows, and clear them from the outbox.
 
-        Raises UnavailableError if a server is away: the rows stay in the outbox, where `repair` finds them; NotFoundError
-        if the run's plan is gone. `plan` is that of the run, if it is at hand.
+        Raises UnavailableError if a server is away: the rows stay in the outbox, where `repair` finds them;
+        NotFoundError if the run's plan is gone. `plan` is that of the run, if it is at hand.
         """
         units = [row for row in rows if row[0] not in CHORES]
         slots = [row[1:] for row in rows if row[0] == "!"]
@@ -99,8 +99,8 @@ class Engine:
     ) -> bool:
         """Start a run and publish its first canvas; False if that run exists already. Idempotent by `run`.
 
-        `parent` (run, step, index, attempt) waits for it; with `timeout_ms` it may take no longer, nor than its workflow
-        says.
+        `parent` (run, step, index, attempt) waits for it; with `timeout_ms` it may take no longer, nor than its
+        workflow says.
         """
         started = self.ledger.start(
             run,

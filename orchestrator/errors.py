@@ -63,6 +63,10 @@ class NotFoundError(OrchestratorError):
     """A run, workflow or event with that name or id is not known (or is past its retention)."""
 
 
+class InFlightError(OrchestratorError):
+    """What was asked for needs a run that has ended, and this one is going on."""
+
+
 class UnavailableError(OrchestratorError):
     """The broker, the ledger or the disk cannot take what it was asked to take; trying later may work."""
 
@@ -127,3 +131,10 @@ def shorten(value: object, limit: int = 60) -> str:
     """Return a `repr` of at most about `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return any text as one line that can be printed: what cannot is written as an escape, what is long is cut."""
+    line = " ".join(text[: 2 * limit].split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -50,7 +50,7 @@ class LeadingService:
         """Take or keep the lead: (whether we have it, server's time in ms). Raises UnavailableError."""
         leads, now_ms = self._engine.ledger.lead(self.role, self._me)
         if leads != self._leads:
-            log.info(f"{self.role}_leads" if leads else f"{self.role}_follows")
+            log.info("leads" if leads else "follows", role=self.role)
             self._leads = leads
         return leads, now_ms
 
@@ -68,4 +68,4 @@ class LeadingService:
             except UnavailableError as exc:
                 self._outage.begins(exc)
             except Exception:  # this loop owns the thread
-                log.exception(f"{self.role}_failed")
+                log.exception("turn_failed", role=self.role)

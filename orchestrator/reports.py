@@ -14,22 +14,21 @@ import re
 import threading
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 
-import redis
 import sentry_sdk
 from sentry_sdk.envelope import Envelope
 from sentry_sdk.transport import Transport
 
-from orchestrator.errors import UnavailableError
+from orchestrator.engine import Engine
+from orchestrator.errors import NotFoundError
 from orchestrator.events import digest
-from orchestrator.ledger import Ledger, keys
-from orchestrator.service import Service
+from orchestrator.leading import LeadingService
+from orchestrator.ledger import keys
 from orchestrator.telemetry import Outage, get_logger
 
 log = get_logger(__name__)
@@ -40,9 +39,8 @@ TIMEOUT_S = 5.0
 _PAUSES_S = (5.0, 300.0)
 #: Answers that are about the event: sent again, it would be refused again.
 _REFUSALS = (400, 413, 414, 422)
-_PERIOD_S = 1.0
-_ROLE = "reporter"
 
+_PERIOD_S = 1.0
 _CHARACTERS = 2_000
 _BREADCRUMBS = 50
 #: Of a URL: user and password, and parameters by whose name they are secret.
@@ -311,41 +309,29 @@ def drain_unreported(
     return reported
 
 
-class ReportLoop:
-    """Drains the list, in a thread of its own, for as long as this process leads in it; of several one does."""
+class ReportLoop(LeadingService):
+    """Reports dead letters to Sentry, which may take its time; of several processes one is at work."""
 
-    def __init__(
-        self, ledger: Ledger, get_letter: Callable[[str], Mapping[str, Any] | None], reporter: Reporter
-    ) -> None:
-        self._ledger = ledger
-        self._get_letter = get_letter
+    role = "reporter"
+
+    def __init__(self, engine: Engine, reporter: Reporter) -> None:
+        super().__init__(engine)
         self._reporter = reporter
-        self._me = uuid.uuid4().hex
-        self._outage = Outage(log, _ROLE)
-        self._service = Service(_ROLE, self._loop)
-
-    def start(self) -> None:
-        """Begin; returns at once. A second start does nothing."""
-        self._service.start()
 
     def stop(self) -> None:
-        """End; returns when the letter in work is reported. Another process may lead at once."""
-        self._service.stop()
-        try:
-            self._ledger.resign(_ROLE, self._me)
-        except UnavailableError:
-            log.info("lead_left_to_run_out")
+        super().stop()
         self._reporter.close()
 
-    def _loop(self, stopping: threading.Event) -> None:
-        while not stopping.wait(_PERIOD_S):
-            try:
-                # One at a time: the lead is shorter than what a slow Sentry may take for many.
-                while not stopping.is_set() and self._ledger.lead(_ROLE, self._me)[0]:
-                    if not drain_unreported(self._ledger.client, self._get_letter, self._reporter, limit=1):
-                        break
-                self._outage.ends()
-            except (UnavailableError, redis.RedisError) as exc:
-                self._outage.begins(exc)
-            except Exception:  # this loop owns the thread
-                log.exception("reports_failed")
+    def turn(self) -> float:
+        if not self.lead()[0]:
+            return _PERIOD_S
+        # One at a time: the lead is shorter than what a slow Sentry may take for many.
+        reported = drain_unreported(self._engine.ledger.client, self._letter, self._reporter, limit=1)
+        return 0.0 if reported else _PERIOD_S
+
+    def _letter(self, letter: str) -> Mapping[str, Any] | None:
+        letters = self._engine.dead_letters
+        try:
+            return letters.show(letters.get(letter))
+        except NotFoundError:
+            return None

@@ -11,7 +11,6 @@ It also has the broker give back messages whose consumers are gone, when no work
 
 from __future__ import annotations
 
-
 from orchestrator.brokers import Broker, broker_of
 from orchestrator.celery_app import PRIORITIES, queue_name
 from orchestrator.engine import Engine

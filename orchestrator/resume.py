@@ -1,9 +1,9 @@
 """Going on with a run that has ended: redrive, resume, rerun.
 
-A further *episode* keeps the outputs that are there and runs again what is named, and all that is downstream of it, as if
-nothing had happened. What is to be kept is worked out here, from the record of the episode that has ended and does not
-change any more; the ledger opens the next one only if that is still the last. So of two people who do the same at once
-one has the effect, and the other is told.
+A further *episode* keeps the outputs that are there and runs again what is named, and all that is downstream of it, as
+if nothing had happened. What is to be kept is worked out here, from the record of the episode that has ended and does
+not change any more; the ledger opens the next one only if that is still the last. So of two people who do the same at
+once one has the effect, and the other is told.
 
 A nested run takes the run that waits for it along, and a resumed run the nested ones that have failed.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.engine import Engine
-from orchestrator.errors import InputError, NotFoundError, OrchestratorError
+from orchestrator.errors import InFlightError, InputError, NotFoundError
 from orchestrator.events import MANUAL
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
@@ -27,10 +27,6 @@ from orchestrator.workflows import Step
 _HARMLESS = frozenset({"retry", "timeout", "memory", "pool", "max_parallel", "description"})
 _AGAIN = ("failed", "cancelled")
 _KEPT = ("succeeded", "skipped")
-
-
-class InFlightError(OrchestratorError):
-    """The run is going on; what it has left behind can be sent back when it has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +41,8 @@ class Redriven:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What resuming a run would do: steps whose output is kept, steps that run again with the reason, steps that are gone.
+    """What resuming a run would do: steps whose output is kept, steps that run again with the reason, steps that are
+    gone.
 
     `definition_changed`: the workflow's definition in force is not the one that the run has.
     """
@@ -73,8 +70,8 @@ class Check:
 def redrive(engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriven:
     """Run failed steps or items (`step/index`) of a run again, in a new episode of it, and what is downstream of them.
 
-    A value that is not None is a JSON object laid over the arguments of the call, by key. Slots that have not failed are
-    skipped. Raises NotFoundError, InFlightError.
+    A value that is not None is a JSON object laid over the arguments of the call, by key. Slots that have not failed
+    are skipped. Raises NotFoundError, InFlightError.
     """
     record = _Record(engine, run)
     skipped = {slot: why for slot in slots if (why := record.why_not(slot))}
@@ -102,10 +99,10 @@ def check(engine: Engine, run: str, *, keep_definition: bool = False) -> Check:
 def resume(engine: Engine, run: str, *, keep_definition: bool = False, episode: int | None = None) -> int:
     """Go on with a run that has failed or was cancelled, in a new episode, and return its number.
 
-    Steps that have failed or never ended run again, and what is downstream of them; the other outputs stay. The definition
-    in force is taken, if it is another, and then changed steps run again, too; with `keep_definition` that of the run is.
-    With `episode` only if that is the last one. Nested runs that have failed are resumed as well.
-    Raises NotFoundError, InFlightError (somebody was faster), InputError (it has succeeded, or never began).
+    Steps that have failed or never ended run again, and what is downstream of them; the other outputs stay. The
+    definition in force is taken, if it is another, and then changed steps run again, too; with `keep_definition` that
+    of the run is. With `episode` only if that is the last one. Nested runs that have failed are resumed as well. Raises
+    NotFoundError, InFlightError (somebody was faster), InputError (it has succeeded, or never began).
     """
     record = _Record(engine, run)
     if episode is not None and episode != record.episode:
@@ -117,8 +114,8 @@ def resume(engine: Engine, run: str, *, keep_definition: bool = False, episode: 
 def rerun(engine: Engine, run: str) -> str:
     """Start a new run of the event of another, with the definition in force, and return its id.
 
-    Of two at the same moment one has the effect. Raises NotFoundError, InputError (the event does not fit the definition,
-    or the run is nested).
+    Of two at the same moment one has the effect. Raises NotFoundError, InputError (the event does not fit the
+    definition, or the run is nested).
     """
     fields = engine.ledger.client.hgetall(keys.run_key(run, "run"))
     if not fields:
@@ -339,7 +336,8 @@ def _reopen(
 ) -> int:
     """Open the next episode, after those of the runs that wait for this one; answers its number.
 
-    `parent`, if whoever waits for it waits already; not `with_children`, if somebody else reopens those that it waits for.
+    `parent`, if whoever waits for it waits already; not `with_children`, if somebody else reopens those that it waits
+    for.
     """
     run = record.run
     waiting = json.loads(record.fields["parent"]) if parent is None and record.fields.get("parent") else None

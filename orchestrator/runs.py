@@ -100,8 +100,8 @@ class StepError:
     """Why a step or a run failed.
 
     `traceback` is cut to the user's frames and may be empty; `frames` are those as (file relative to the project, line,
-    function), outermost first. `reason` is that of the dead letter that may come of it (deadletters.py). `kinds` are the
-    names of the error's class and its base classes, bare and qualified, for a RetryPolicy; they are not recorded.
+    function), outermost first. `reason` is that of the dead letter that may come of it (deadletters.py). `kinds` are
+    the names of the error's class and its base classes, bare and qualified, for a RetryPolicy; they are not recorded.
     """
 
     type: str

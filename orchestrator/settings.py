@@ -61,12 +61,16 @@ class Settings:
     port: int = 0
     #: How long runs and events are kept after they have ended.
     retention_s: int = 30 * 86400
+    #: How long dead letters are kept.
+    dead_letters_retention_s: int = 30 * 86400
     #: How long an event is recognised when it comes again.
     dedupe_s: int = 7 * 86400
     #: Values of more bytes go to the blob store.
     payload_bytes: int = 64 * 1024
     #: Captured output kept for an attempt, in bytes.
     log_bytes: int = 64 * 1024
+    #: How long a step waits for a function that cannot be imported: a deployment may be in progress.
+    deploy_wait_s: int = 300
     #: How long steps in progress may go on when `up` or a worker is told to stop.
     grace_s: int = 30
     #: A step whose process died this often is not run again.

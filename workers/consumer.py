@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
@@ -13,10 +12,9 @@ from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.state import maybe_shutdown
 
-from orchestrator.celery_app import STEP_TASK
 from orchestrator.engine import now_ms
-from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger
+from orchestrator.messages import bytes_of, fault_of
 from orchestrator.telemetry import Outage, get_logger
 
 log = get_logger(__name__)
@@ -25,8 +23,6 @@ log = get_logger(__name__)
 _PAUSES_S = (0.2, 0.3, 2.0)
 #: How often to look for children that have died. Celery waits 5 s, or for a pipe that a sibling may hold open.
 _REPLACE_S = 0.5
-#: Celery would wait for an eta with the message in hand, and forget what has expired.
-_NOT_FOR_STEPS = ("eta", "expires", "stamped_headers")
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
@@ -54,24 +50,26 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         def on_task_received(message: Any) -> None:
             fault = fault_of(message)
             if fault:
-                self._set_aside(message, fault)
+                self._set_aside(message, *fault)
             else:
                 handle(message)
 
         return on_task_received
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        self._set_aside(message, f"it cannot be read: {type(exc).__name__}: {exc}")
+        self._set_aside(message, "body", f"its body cannot be read ({type(exc).__name__})")
 
-    def _set_aside(self, message: Any, fault: str) -> None:
+    def _set_aside(self, message: Any, reason: str, detail: str) -> None:
+        raw, queue = bytes_of(message), _queue_of(message)
         try:
-            self._ledger.set_aside(_bytes_of(message), fault, now_ms())
-        except UnavailableError as exc:
+            self._ledger.set_aside(raw, reason, now_ms(), detail=detail, queue=queue)
+        except Exception as exc:  # noqa: BLE001 -- it is the message of somebody else: it must neither be lost nor end us
             self._outage.begins(exc)
             time.sleep(_PAUSES_S[-1])
             message.requeue()
             return
-        log.error("message_set_aside", reason=fault)
+        self._outage.ends()
+        log.error("message_set_aside", queue=queue, reason=reason, detail=detail)
         message.reject()
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -106,36 +104,9 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         self._outage.begins(exc)
 
 
-def _bytes_of(message: Any) -> bytes:
-    """Return a message as it was published; where the broker's client does not keep that, its parts as JSON."""
-    if hasattr(message, "delivery"):
-        raw: bytes = message.delivery.raw
-        return raw
-    parts = {name: getattr(message, name) for name in ("headers", "content_type", "content_encoding", "properties")}
-    body = message.body
-    parts["body"] = body.decode("latin-1") if isinstance(body, bytes) else body
-    return json.dumps(parts, default=str).encode()
-
-
-def fault_of(message: Any) -> str:
-    """Say why a message cannot be that of a step; empty if it can.
-
-    Everything is looked at that Celery, which takes its form for granted, would die of.
-    """
-    headers = message.headers if isinstance(message.headers, dict) else {}
-    if headers.get("task") != STEP_TASK:
-        return f"it is not for the task {STEP_TASK}"
-    if message.content_type != "application/json" or not isinstance(message.content_encoding, str):
-        return "its content is not JSON"
-    if not isinstance(headers.get("id"), str) or not isinstance(message.delivery_info, dict):
-        return "it has no id, or no delivery_info"
-    if headers.get("timelimit") not in (None, [None, None]) or any(headers.get(name) for name in _NOT_FOR_STEPS):
-        return f"it has a timelimit, or one of {', '.join(_NOT_FOR_STEPS)}, which steps do not have"
-    try:
-        args, kwargs, embed = message.payload
-    except Exception as exc:  # noqa: BLE001 -- whatever a decoder raises
-        return f"its body cannot be read ({type(exc).__name__})"
-    kinds = [type(argument) for argument in args] if isinstance(args, list) else []
-    if kinds not in ([str, str], [str, str, int, int]) or kwargs or not isinstance(embed, dict):
-        return "its body is not [[run, step], {}, {...}] or [[run, step, lo, hi], {}, {...}]"
-    return ""
+def _queue_of(message: Any) -> str:
+    """Return the queue that a message was on; our queues are bound under their own names."""
+    delivery = getattr(message, "delivery", None)
+    if delivery is not None:
+        return str(delivery.queue)
+    return str((message.delivery_info or {}).get("routing_key", ""))

@@ -348,9 +348,7 @@ class StepRunner:
             left_ms = self._settings.deploy_wait_s * 1000 - taken.postponed_ms
             if isinstance(exc, TaskNotFoundError) and left_ms > 0:
                 state, delay_ms = "postponed", min(_DEPLOY_LOOK_MS, left_ms)
-                log.warning(
-                    "task_not_found", error=str(exc), gives_up_in_s=left_ms // 1000
-                )
+                log.warning("task_not_found", error=str(exc), gives_up_in_s=left_ms // 1000)
             else:
                 error = describe_error(exc, self._settings.project)
                 error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))

@@ -88,9 +88,9 @@ class Claims:
         """Renew the claims of `tags`, and give back whatever claim has run out; answers how many."""
         return int(self._call("tend", CLAIM_MS, _RESTORED_AT_ONCE, *tags))
 
-    def set_aside(self, delivery: Delivery, reason: str, now_ms: int) -> None:
-        """Keep a message that cannot be read, with its bytes and the reason, where nobody fetches it."""
-        record = keys.set_aside_record(delivery.raw, reason, now_ms, queue=delivery.queue)
+    def set_aside(self, delivery: Delivery, detail: str, now_ms: int) -> None:
+        """Keep a message whose envelope cannot be read, with its bytes and why, where nobody fetches it."""
+        record = keys.set_aside_record(delivery.raw, "envelope", now_ms, detail=detail, queue=delivery.queue)
         self._call("set_aside", delivery.tag, keys.SET_ASIDE, record)
 
     def empty(self, queues: Iterable[str]) -> set[str]:
@@ -106,7 +106,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     try:
         envelope = json.loads(raw)
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f"the envelope is not JSON ({type(exc).__name__})") from exc
+        raise ValueError(f"its envelope is not JSON ({type(exc).__name__})") from exc
     if not isinstance(envelope, dict) or not isinstance(envelope.get("properties"), dict):
-        raise ValueError("the envelope has no properties")
+        raise ValueError("its envelope has no properties")
     return envelope

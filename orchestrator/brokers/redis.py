@@ -161,8 +161,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             message = self.Message(envelope, channel=self)
             message.delivery = delivery
         except Exception as exc:  # noqa: BLE001 -- whatever it is made of, it must not end the consumer
-            log.error("message_set_aside", queue=delivery.queue, reason=f"{type(exc).__name__}: {exc}")
-            self.claims.set_aside(delivery, str(exc) or type(exc).__name__, time.time_ns() // 1_000_000)
+            detail = str(exc) if type(exc) is ValueError else f"its envelope cannot be read ({type(exc).__name__})"
+            self.claims.set_aside(delivery, detail, time.time_ns() // 1_000_000)
+            log.error("message_set_aside", queue=delivery.queue, reason="envelope", detail=detail)
             return
         if no_ack:
             self.settle(self.claims.ack, delivery.tag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.embedded import EmbeddedServer
-from orchestrator.errors import UnavailableError
+from orchestrator.errors import InputError, UnavailableError
 from orchestrator.modules import python_command
 from orchestrator.project import Project, find_project, load_in_subprocess
 from orchestrator.settings import Settings
@@ -76,3 +77,20 @@ def engine_of(settings: Settings) -> Any:
         yield engine
     finally:
         engine.close()
+
+
+def read_json(option: str, text: str) -> Any:
+    """Return the value of an option that is JSON or @FILE. Raises InputError, also for what no event can carry."""
+    try:
+        value = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+        # Python reads more than JSON says: NaN, numbers beyond all bounds, halves of surrogate pairs.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except OSError as exc:
+        raise InputError(f"{option} {text}: {exc.strerror}") from exc
+    except UnicodeEncodeError as exc:
+        raise InputError(f"{option} is not JSON: it holds text that is not Unicode (a lone surrogate)") from exc
+    except ValueError as exc:
+        raise InputError(f"{option} is not JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise InputError(f"{option} is nested too deeply") from exc
+    return value

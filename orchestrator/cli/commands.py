@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import uuid
@@ -19,9 +18,11 @@ from orchestrator.cli.access import (
     ProjectOption,
     engine_of,
     load,
+    read_json,
     settings_of,
     with_servers,
 )
+from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError
 from orchestrator.workflows import Workflow, unknown
@@ -43,6 +44,7 @@ workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(events, name="events")
 app.add_typer(workflows, name="workflows")
+app.add_typer(dead_letters, name="dead-letters")
 
 
 # Definitions
@@ -248,27 +250,10 @@ def run(
 def _read_input(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    given = _read_json("--input", text)
+    given = read_json("--input", text)
     if not isinstance(given, dict):
         raise InputError(f"--input must be a JSON object with the workflow's params, not {type(given).__name__}")
     return given
-
-
-def _read_json(option: str, text: str) -> Any:
-    """Return the value of an option that is JSON or @FILE. Raises InputError, also for what no event can carry."""
-    try:
-        value = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
-        # Python reads more than JSON says: NaN, numbers beyond all bounds, halves of surrogate pairs.
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    except OSError as exc:
-        raise InputError(f"{option} {text}: {exc.strerror}") from exc
-    except UnicodeEncodeError as exc:
-        raise InputError(f"{option} is not JSON: it holds text that is not Unicode (a lone surrogate)") from exc
-    except ValueError as exc:
-        raise InputError(f"{option} is not JSON: {exc}") from exc
-    except RecursionError as exc:
-        raise InputError(f"{option} is nested too deeply") from exc
-    return value
 
 
 def _check_event(event: Any) -> None:
@@ -612,7 +597,7 @@ def events_emit(
     from orchestrator.events import Event
 
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = None if data is None else _read_json("--data", data)
+    given = None if data is None else read_json("--data", data)
     event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
     _check_event(event)
     with engine_of(settings_of(project, data_dir)) as engine:

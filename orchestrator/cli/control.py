@@ -20,11 +20,14 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
+from orchestrator.keeper import Keeper
+from orchestrator.leading import LeadingService
 from orchestrator.ledger import keys
 from orchestrator.project import Project, code_files, definition_files
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.telemetry import configure_logging, get_logger
+from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
 from triggers.supervisor import TriggerSupervisor
 
@@ -96,6 +99,17 @@ def _mtime(path: Path) -> int:
         return 0
 
 
+def _care_of(engine: Engine) -> list[LeadingService]:
+    """Return what looks after runs that were started; one of several processes does each."""
+    care: list[LeadingService] = [Rescuer(engine), Timers(engine), Keeper(engine)]
+    dsn = engine.settings.read_sentry_dsn()
+    if dsn:
+        from orchestrator.reports import Reporter, ReportLoop  # sentry-sdk, which most do not need
+
+        care.append(ReportLoop(engine, Reporter(dsn)))
+    return care
+
+
 class Control:
     """Dispatcher and rescuer, or triggers, or both, until told to stop, or until `up`, if it has one, is gone."""
 
@@ -109,7 +123,7 @@ class Control:
         self._engine = engine
         bus = EventBus(engine.app)
         self._dispatcher = Dispatcher(engine, bus, on_start=self._tell_start) if has_dispatcher else None
-        self._rescuer = Rescuer(engine) if has_dispatcher else None
+        self._care: list[LeadingService] = _care_of(engine) if has_dispatcher else []
         self._triggers = (
             TriggerSupervisor(marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s)
             if has_triggers
@@ -134,8 +148,8 @@ class Control:
         teller = threading.Thread(target=self._tell_ends, name="teller", daemon=True)
         try:
             self._apply(workflows)
-            if self._rescuer is not None:
-                self._rescuer.start()
+            for service in self._care:
+                service.start()
             if self._dispatcher is not None:
                 self._dispatcher.start()
                 teller.start()
@@ -149,9 +163,10 @@ class Control:
             self._stop.set()
             if self._triggers is not None:
                 self._triggers.stop()
-            if self._dispatcher is not None and self._rescuer is not None:
+            if self._dispatcher is not None:
                 self._dispatcher.stop()
-                self._rescuer.stop()
+            for service in self._care:
+                service.stop()
             if teller.is_alive():
                 teller.join(timeout=5)
             self._engine.close()

@@ -21,15 +21,13 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | units | unit | fence:k:hi, with the item and end of a header part (`step/lo-hi`); fence 0: not begun |
 | leases | unit | (sorted set) when the lease runs out, ms |
 | outbox | unit, or a chore | (sorted set) since when it waits to be published or done, ms |
-| timers | unit, ~slot, $deadline | (sorted set) when it is due, ms: to be taken again, a sleep's end, the run's timeout |
-| outputs | slot | payload (payloads.py) |
-| attempts | slot@attempt | JSON: worker, code, started_at, fence, finished_at, state, error |
-| | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON objects joined by commas) |
-| | slot#b slot#k | attempts and losses of earlier episodes |
-| | slot#u slot#m | since when no function was found for it, ms; arguments that were mended (payload) |
-| items | per:step, step:chunk | items per chunk, payload of a chunk: the list that `foreach` gave |
-| | again:step | items still to be handed out in a further episode |
-| logs | slot@attempt | captured text |
+| timers | unit, ~slot, $deadline | (sorted set) when it is due, ms: to be taken again, a sleep's end, the run's timeout
+| | outputs | slot | payload (payloads.py) | | attempts | slot@attempt | JSON: worker, code, started_at, fence,
+finished_at, state, error | | | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON
+objects joined by commas) | | | slot#b slot#k | attempts and losses of earlier episodes | | | slot#u slot#m | since when
+no function was found for it, ms; arguments that were mended (payload) | | items | per:step, step:chunk | items per
+chunk, payload of a chunk: the list that `foreach` gave | | | again:step | items still to be handed out in a further
+episode | | logs | slot@attempt | captured text |
 
 Chores in the outbox (engine.py does them): `!slot` a step that will not be tried again is to be made known as a dead
 letter; `^ended` whoever waits for this run is to be told; `^cancel:slot` the nested run of a slot is to be cancelled;
@@ -39,6 +37,9 @@ letter; `^ended` whoever waits for this run is to be told; `^cancel:slot` the ne
 from __future__ import annotations
 
 import json
+import uuid
+
+from orchestrator.errors import one_line
 
 PREFIX = "orchestrator"
 
@@ -55,12 +56,15 @@ TIMERS = f"{PREFIX}:timers"
 WORKFLOWS = f"{PREFIX}:workflows"
 #: Events by time of acceptance, ms; permanent, trimmed with the retention.
 EVENTS = f"{PREFIX}:events"
-#: Messages that were no events, or that nobody could read; a list; permanent.
+#: Messages that nobody can process, until they are drained into dead letters; a list; permanent. On the broker's
+#: server too, where that is another Redis.
 SET_ASIDE = f"{PREFIX}:set-aside"
 #: Dead letters by when they last became one, ms; permanent, trimmed with their retention.
 DEAD_LETTERS = f"{PREFIX}:dead-letters"
 #: Ids of dead letters of steps that are still to be reported; a list; permanent, empty unless there is a `sentry_dsn`.
 UNREPORTED = f"{DEAD_LETTERS}:unreported"
+#: Says that it was logged that dead letters will expire; TTL of a day.
+EXPIRY_WARNED = f"{DEAD_LETTERS}:warned"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
 #: Written to see whether the server takes writes; gone at once.
@@ -73,12 +77,28 @@ def leader_key(role: str) -> str:
 
 
 #: Every key that has no TTL although no run is in flight.
-PERMANENT = (RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*")
+PERMANENT = (
+    RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED,
+    f"{PREFIX}:marks:*", f"{PREFIX}:plan:*"
+)  # fmt: skip
 
 
-def set_aside_record(raw: bytes, reason: str, at_ms: int, *, queue: str = "") -> str:
-    """Return an entry of SET_ASIDE: JSON with raw (its bytes as latin-1), reason, at (ms since the epoch), queue."""
-    return json.dumps({"raw": raw.decode("latin-1"), "reason": reason, "at": at_ms, "queue": queue})
+def set_aside_record(raw: bytes, reason: str, at_ms: int, *, detail: str = "", queue: str = "") -> str:
+    """Return an entry of SET_ASIDE: JSON with raw (its bytes as latin-1), reason (its code, see deadletters.py), detail
+    (why, in one line, without anything of a body), at (ms since the epoch), queue. No two are equal.
+    """
+    entry = {"raw": raw.decode("latin-1"), "reason": reason, "detail": one_line(detail), "at": at_ms, "queue": queue}
+    return json.dumps(entry | {"id": uuid.uuid4().hex})
+
+
+def dead_letter_key(letter: str) -> str:
+    """Key of a dead letter, as JSON; TTL is their retention and a day."""
+    return f"{PREFIX}:dead-letter:{letter}"
+
+
+def dead_letter_raw_key(letter: str) -> str:
+    """Key of the bytes of a message that is a dead letter; the same TTL."""
+    return f"{PREFIX}:dead-letter:{letter}:raw"
 
 
 def run_keys(run: str) -> list[str]:

@@ -68,10 +68,10 @@ class Taken:
     long ago it was put off first because no function was found for it. `mended` is the payload of arguments to be laid
     over those of the definition, or empty.
     `inputs` has (step id, state, payload or payloads, failures) for each step that is read; it is empty for a further
-    item of the same part. `meta` is (workflow, plan, event, input, created_at, episode, event id, deadline, phase, state
-    and error that the run comes to); `chunk` (items per chunk, number, payload) the items around `index`; both are empty
-    if the caller said that it knows them. For the end of a run in which a step failed, `chunk` has every step and its
-    state, in turn. `count` is the fan-out's size.
+    item of the same part. `meta` is (workflow, plan, event, input, created_at, episode, event id, deadline, phase,
+    state and error that the run comes to); `chunk` (items per chunk, number, payload) the items around `index`; both
+    are empty if the caller said that it knows them. For the end of a run in which a step failed, `chunk` has every step
+    and its state, in turn. `count` is the fan-out's size.
     """
 
     unit: str
@@ -237,8 +237,9 @@ class Ledger:
     ) -> bool:
         """Write a run with its first units in the outbox; False if that run exists. Idempotent by id.
 
-        `event` and `run_input` are payloads; `timeout_ms` (0: none) is how long it may take. The indexes are written first: a kill in between leaves an id without a
-        run, which the rescuer drops, and whoever caused the run tries again.
+        `event` and `run_input` are payloads; `timeout_ms` (0: none) is how long it may take. The indexes are written
+        first: a kill in between leaves an id without a run, which the rescuer drops, and whoever caused the run tries
+        again.
         """
         self.index(run, created_ms)
         rows = plan.graph_rows
@@ -608,9 +609,10 @@ class Ledger:
             pipe.set(keys.seen_key(event.key), "1", ex=dedupe_s)
             self._guard(pipe.execute)
 
-    def set_aside(self, raw: bytes, reason: str, now_ms: int) -> None:
-        """Keep the bytes of a message that is no event, with the reason."""
-        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, keys.set_aside_record(raw, reason, now_ms)))
+    def set_aside(self, raw: bytes, reason: str, now_ms: int, *, detail: str = "", queue: str = "") -> None:
+        """Keep the bytes of a message that nobody can process, until they are a dead letter (deadletters.py)."""
+        record = keys.set_aside_record(raw, reason, now_ms, detail=detail, queue=queue)
+        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, record))
 
     # File marks (triggers/files.py)
 

@@ -119,7 +119,7 @@ def test_what_is_set_aside_keeps_its_bytes(client: Any) -> None:
     claims.set_aside(one, "no JSON", 5)
     (record,) = [json.loads(text) for text in client.lrange(keys.SET_ASIDE, 0, -1)]
     assert record["raw"].encode("latin-1") == b"\xff\xfe{"
-    assert (record["reason"], record["queue"], record["at"]) == ("no JSON", HIGH, 5)
+    assert (record["reason"], record["detail"], record["queue"], record["at"]) == ("envelope", "no JSON", HIGH, 5)
     assert client.hlen(UNACKED) == client.zcard(UNACKED_INDEX) == 0
 
 
