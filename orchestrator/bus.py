@@ -16,7 +16,7 @@ from kombu import Consumer, Queue
 from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S, broker_errors, publishing
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
-from orchestrator.messages import bytes_of
+from orchestrator.messages import body_of
 from orchestrator.settings import mask_url
 from orchestrator.telemetry import Outage, get_logger
 
@@ -64,7 +64,7 @@ class EventBus:
                 body = message.decode() if message.content_type == "application/json" else None
             except Exception:  # noqa: BLE001 -- whatever a decoder raises, the bytes are what is handed on
                 body = None
-            handle(body, message.body if isinstance(message.body, bytes) else bytes_of(message))
+            handle(body, body_of(message))
             message.ack()
 
         while not stop.is_set():

@@ -43,14 +43,20 @@ def bytes_of(message: Any) -> bytes:
         return json.dumps(envelope | {"properties": {"body_encoding": "base64"}}).encode()
 
 
+def body_of(message: Any) -> bytes:
+    """Return the body of a message as it was published; the whole message where there is none that can be told."""
+    is_told = isinstance(message.body, bytes) or (isinstance(message.body, str) and not message.errors)
+    return _body(message) if is_told else bytes_of(message)
+
+
 def _body(message: Any) -> bytes:
     body = message.body
-    if not isinstance(body, str):
-        return b"" if body is None else bytes(body)
-    try:  # the client has decoded it
-        return body.encode(message.content_encoding or "utf-8")
-    except (LookupError, UnicodeError, TypeError):
-        return body.encode("utf-8", "surrogatepass")
+    if isinstance(body, str):  # the client has decoded it
+        try:
+            return body.encode(message.content_encoding or "utf-8")
+        except (LookupError, UnicodeError, TypeError):
+            return body.encode("utf-8", "surrogatepass")
+    return bytes(body) if isinstance(body, bytes | bytearray | memoryview) else b""
 
 
 def _plain(value: Any) -> Any:

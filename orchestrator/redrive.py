@@ -44,7 +44,7 @@ class Redriven(Protocol):
 class RedriveRun(Protocol):
     """Opens a new episode of a run with these steps and items, each with mended arguments or None.
 
-    Raises InFlightError if the run is going on, NotFoundError if it is gone.
+    Raises InFlightError if the run is going on, NotFoundError if it is gone, InputError if it cannot go on.
     """
 
     def __call__(self, engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriven: ...
@@ -205,8 +205,11 @@ class Redrive:
             answer = self._redrive_run(self._engine, run, {letter.slot: self._options.mended for letter in batch})
         except InFlightError:
             return False
-        except NotFoundError as exc:
-            self._skip(batch, f"{exc}; it is past its retention: discard the letter")
+        except NotFoundError:
+            self._skip(batch, f"run {run} is gone, past its retention; discard the letter")
+            return True
+        except InputError as exc:  # one run that cannot go on does not hold up the others
+            self._skip(batch, str(exc))
             return True
         sent, skipped = set(answer.slots), []
         self._note([letter for letter in batch if letter.slot in sent])

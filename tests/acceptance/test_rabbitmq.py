@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import kombu
 import pytest
 
 from orchestrator.bus import EventBus
-from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, queue_name
+from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, STEP_TASK, queue_name
+from orchestrator.deadletters import DeadLetters
+from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
@@ -185,3 +192,62 @@ def test_a_step_longer_than_consumer_timeout_runs_once(
     assert _began(gate) == 1
     assert queries.run("r").steps[0].losses == 0
     engine.close()
+
+
+def _put(settings: Settings, queue: str, body: bytes, **options: Any) -> None:
+    with kombu.Connection(settings.broker_url) as connection:
+        producer = connection.Producer()
+        kinds = {"content_type": "application/json", "content_encoding": "utf-8"}
+        declare = [kombu.Queue(queue, routing_key=queue)]
+        producer.publish(body, exchange="", routing_key=queue, declare=declare, **kinds | options)
+
+
+def test_bad_messages_become_dead_letters_with_their_bodies(
+    on_rabbitmq: Settings, rabbitmq: RabbitMQ, start_on_rabbitmq: Callable[..., WorkerProcess], tmp_path: Path
+) -> None:
+    """And the worker and the dispatcher go on."""
+    engine = Engine(on_rabbitmq, patience_s=0.0)
+    letters = DeadLetters(engine.ledger, engine.payloads, on_rabbitmq)
+    dispatcher, bus = Dispatcher(engine, EventBus(engine.app)), EventBus(engine.app)
+    dispatcher.apply([])
+    worker = start_on_rabbitmq("bad")
+    queue = queue_name("bad")
+    ours = {"task": STEP_TASK, "id": "1"}
+    odd: dict[str, Any] = {"when": datetime.now(UTC), "price": Decimal("1.5"), "deep": json.loads("[" * 60 + "]" * 60)}
+    try:
+        for headers in (
+            {},
+            {"task": "x"},
+            ours | odd,
+            ours | {"id": "\ud800"},
+            ours | {"compression": "unheard-of"},
+            ours,
+        ):
+            _put(on_rabbitmq, queue, b"\x00\xff{", headers=headers)
+        _put(on_rabbitmq, queue, b"\x00\xff{", headers=ours, content_type="application/x-python-serialize")
+        _put(on_rabbitmq, queue, b"\x00\xff{", headers=ours, content_encoding="latin-1")
+        _put(on_rabbitmq, EVENT_QUEUE, b"\x00\xff{")
+        _put(on_rabbitmq, EVENT_QUEUE, b"\xe9", content_encoding="latin-1")
+        _put(on_rabbitmq, EVENT_QUEUE, b'{"specversion": "1.0"}')
+        good = Event(id="good", source="s", type="t", time="")
+        bus.publish([good])
+        dispatcher.start()
+        wait_until(lambda: engine.ledger.seen(good), "the good event was dispatched")
+        gate = tmp_path / "gate"
+        gate.touch()
+        assert engine.start("good", _plan(engine, "bad", gate), event={}, params={})
+        wait_until(lambda: engine.ledger.outcome("good")[0] == "succeeded", "the good one ran")
+        letters.drain()
+        found = list(letters.all())
+        bodies = [
+            base64.b64decode(json.loads(letters.raw(one.id) or b"")["body"]) for one in found if one.kind == "message"
+        ]
+        assert bodies == [b"\x00\xff{"] * 8
+        assert {one.queue for one in found} == {queue, EVENT_QUEUE}
+        events = sorted(letters.raw(one.id) or b"" for one in found if one.kind == "event")
+        assert events == [b"\x00\xff{", b'{"specversion": "1.0"}', b"\xe9"]
+        assert "Traceback" not in worker.log.read_text()
+    finally:
+        dispatcher.stop()
+        engine.close()
+        _delete(on_rabbitmq, EVENT_QUEUE)
