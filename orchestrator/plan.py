@@ -107,7 +107,7 @@ class Plan:
         return round((self.workflow.timeout_s or 0) * 1000)
 
     def pool(self, step_id: str) -> str:
-        """Return the pool of a step; END and steps that only wait, which any pool may take, go to the first there is."""
+        """Return the pool of a step; END and waits, which any pool may take, go to the first there is."""
         if step_id != END and not self.steps[step_id].is_wait:
             return self.steps[step_id].pool
         return next((step.pool for step in self.steps.values() if not step.is_wait), DEFAULT_POOL)

@@ -81,7 +81,7 @@ def one_line(value: Any, limit: int = 80) -> str:
 
 
 def confirm(question: str, instead: str) -> None:
-    """Ask, and go on only after a yes. Raises InputError where nobody can be asked: `instead` says what to give then."""
+    """Ask, and go on only after a yes. Raises InputError where nobody can be asked: `instead` is what to give then."""
     if not sys.stdin.isatty():
         raise InputError(f"{question} nobody is there to be asked: give {instead}")
     typer.confirm(question, abort=True, err=True)

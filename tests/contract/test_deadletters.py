@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import redis
-import structlog
 
 from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.deadletters import DeadLetters, Filter, letter_id
@@ -19,7 +18,7 @@ from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import How, connect
 from orchestrator.plan import Plan
 from orchestrator.workflows import Step, Workflow
-from tests.conftest import Server
+from tests.conftest import Server, capture_logs
 
 HOW = How('{"worker":"w"')
 ERROR = {"type": "ValueError", "message": "no 7", "traceback": "Traceback...", "reason": "error", "fingerprint": "f1"}
@@ -366,7 +365,7 @@ def test_old_letters_are_announced_once_a_day_and_then_go(engine: Engine) -> Non
     now = 1_800_000_000_000
     ages = {"old": 11, "going": 9.5, "young": 8.5}
     _write(engine, {f"{n:016x}": int(now - age * day_ms) for n, age in enumerate(ages.values())})
-    with structlog.testing.capture_logs() as logs:
+    with capture_logs() as logs:
         assert letters.trim(now) == 1
         assert letters.trim(now) == 0
         assert DeadLetters(engine.ledger, engine.payloads, settings).trim(now) == 0
@@ -380,6 +379,6 @@ def test_old_letters_are_announced_once_a_day_and_then_go(engine: Engine) -> Non
 
 def test_nothing_is_announced_while_all_are_young(engine: Engine, letters: DeadLetters) -> None:
     _write(engine, {"abcd": int(time.time() * 1000)})
-    with structlog.testing.capture_logs() as logs:
+    with capture_logs() as logs:
         assert letters.trim(int(time.time() * 1000)) == 0
     assert logs == []

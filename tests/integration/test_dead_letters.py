@@ -132,7 +132,7 @@ def test_what_the_canvas_publishes_is_taken_for_a_step(engine: Engine) -> None:
     steps = (Step(id="a", task="t:f"), Step(id="b", task="t:f", needs=("a",)), Step(id="f", task="t:f", foreach=[1, 2]))
     engine.ledger.put_plan(plan := Plan.of(Workflow(name="w", steps=steps)))
     engine.start("r", plan, event={}, params={})
-    engine.publish("r", plan, ["b", "f/0-1", "f/1-2"])
+    engine.publish("r", ["b", "f/0-1", "f/1-2"], plan=plan)
     sent = [raw.encode() for raw in engine.ledger.client.lrange(QUEUE, 0, -1)]
     assert len(sent) == 5
     assert [fault_of(message_of(raw)) for raw in sent] == [None] * 5

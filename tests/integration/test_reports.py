@@ -327,7 +327,8 @@ def test_of_several_loops_one_reports_and_another_takes_over(
 ) -> None:
     monkeypatch.setattr(reports, "_PERIOD_S", 0.05)
     client = engine.ledger.client
-    loops = [ReportLoop(engine.ledger, lambda one: LETTER | {"id": one}, Reporter(sentry.dsn)) for _ in range(2)]
+    monkeypatch.setattr(ReportLoop, "_letter", lambda self, one: LETTER | {"id": one})
+    loops = [ReportLoop(engine, Reporter(sentry.dsn)) for _ in range(2)]
     for loop in loops:
         loop.start()
     client.rpush(keys.UNREPORTED, *(f"a{n}" for n in range(10)))

@@ -60,7 +60,7 @@ def test_a_plan_survives_being_stored() -> None:
     again = Plan.from_json(made.to_json())
     assert again == made
     assert again.graph_rows == made.graph_rows
-    assert again.graph_rows[END] == '["*","all_done",2,[],["b"],""]'
+    assert again.graph_rows[END] == '["*","all_done",2,[],["b"],"",""]'
 
 
 def test_a_workflow_with_faults_has_no_plan() -> None:
