@@ -9,7 +9,7 @@
 
 local RUN, GRAPH, STATES, UNITS, LEASES, OUTBOX, OUTPUTS, ATTEMPTS, ITEMS, LOGS, TIMERS =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
-local END, DEADLINE, ENDED_ROW = '$end', '$deadline', '^ended'
+local END, DEADLINE = '$end', '$deadline'
 -- The last argument of every call: how long to keep a run, one that failed, and where to tell of ends.
 local KEEP, KEEP_FAILED, CHANNEL = string.match(table.remove(ARGV), '^(%d+),(%d+),(.*)$')
 local ID = string.match(RUN, '{(.*)}')
@@ -39,6 +39,7 @@ end
 
 local function steps_of(phase) -- ids of the steps of a phase
   local found = {}
+  if phase ~= '' and call('HEXISTS', RUN, 'hooks') == 0 then return found end
   for _, step in ipairs(call('HKEYS', GRAPH)) do
     if step ~= END and graph(step)[7] == phase then found[#found + 1] = step end
   end
@@ -116,8 +117,8 @@ local function end_run(state, payload, problem, ready)
     if not string.find(row, '^[!^]') then call('ZREM', OUTBOX, row) end
   end
   ends = true
-  if call('HEXISTS', RUN, 'parent') == 1 then call('ZADD', OUTBOX, NOW, ENDED_ROW) end
-  ready[#ready + 1] = ENDED_ROW
+  if call('HEXISTS', RUN, 'parent') == 1 then call('ZADD', OUTBOX, NOW, '^ended') end
+  ready[#ready + 1] = call('EXISTS', OUTBOX) == 1 and '^ended' or '^close'
   local told = { run = ID, workflow = call('HGET', RUN, 'workflow'), state = state, error = problem }
   call('PUBLISH', CHANNEL, cjson.encode(told))
 end
@@ -946,6 +947,7 @@ function verbs.reopen()
     'cancel_requested', 'deadline')
   call('HSET', RUN, 'state', 'running', 'phase', '', 'episode', int(tonumber(fields[2]) + 1),
     'plan', how.plan, 'input', how.input)
+  if how.hooks then call('HSET', RUN, 'hooks', '1') end
   if how.parent ~= cjson.null then call('HSET', RUN, 'parent', how.parent) end
   call('DEL', TIMERS, UNITS)
   set_deadline(tonumber(how.timeout_ms))

@@ -247,6 +247,8 @@ class Ledger:
         fields |= {"event": event, "event_id": event_id, "input": run_input, "left": str(len(plan.main))}
         if parent is not None:
             fields["parent"] = json.dumps(parent)
+        if plan.has_hooks:
+            fields["hooks"] = "1"
         answer = self._call(
             run, "start", timeout_ms, len(rows), *_flat(rows), len(plan.roots), *plan.roots, *_flat(fields)
         )

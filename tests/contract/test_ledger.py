@@ -249,7 +249,7 @@ def test_publishing_again_is_a_move(ledger: Ledger) -> None:
 def test_who_still_runs_a_step_of_a_run_that_was_given_up_is_refused(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b", "a"), step("c"))
     taken = take(ledger, "r", "a")
-    assert ledger.give_up("r", {"type": "RunLost"}) == ["^ended"]
+    assert ledger.give_up("r", {"type": "RunLost"}) == ["^close"]
     ledger.log("r", "a", 1, "text")
     assert ledger.renew([("r", "a", taken.fence)])[0] == {("r", "a")}
     assert ledger.complete("r", taken, "succeeded", how=HOW, inline="default").verdict == "refused"
@@ -526,7 +526,7 @@ def test_after_its_end_every_key_of_a_run_has_a_ttl(ledger: Ledger) -> None:
     g = take(ledger, "r", "g")
     end = ledger.complete("r", g, "succeeded", how=HOW, inline="default").taken
     assert end is not None
-    assert ledger.finish("r", end, "succeeded", payload="1", error="").publish == ("^ended",)
+    assert ledger.finish("r", end, "succeeded", payload="1", error="").publish == ("^close",)
     assert ledger.finish("r", end, "failed", payload="1", error="").verdict == "done"
     # A process that woke up late leaves nothing behind either.
     ledger.complete("r", g, "failed", how=HOW, inline="default")
