@@ -16,7 +16,9 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +52,8 @@ from orchestrator.signals import Fail, Retry, StepCancelled, StepTimeout
 from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
+from workers.interrupts import Interrupts, timeout_of
+from workers.memory import limited
 from workers.outcome import of_error
 from workers.slots import Slots
 
@@ -136,6 +140,7 @@ class StepRunner:
         self._pool = pool
         self._slots = slots
         self._slot = slot
+        self._interrupts = None if slots is None else Interrupts(slots, slot)
         self._record = identity.record(os.getpid())
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
@@ -186,12 +191,13 @@ class StepRunner:
     def _note(self, run: str, taken: Taken | None = None, unit_since: float = 0.0) -> None:
         """Tell the parent what this process runs, or that it is about to take something in a run."""
         if self._slots is not None:
-            fence, attempt, index, unit = (0, 0, -1, "")
+            fence, attempt, tries, index, unit = (0, 0, 0, -1, "")
             if taken is not None:
-                fence, attempt, index, unit = taken.fence, taken.attempt, taken.index, taken.unit
+                fence, attempt, tries, index, unit = taken.fence, taken.attempt, taken.tries, taken.index, taken.unit
             self._slots.write(
-                self._slot, fence=fence, attempt=attempt, index=index, run=run, unit=unit, unit_since=unit_since
-            )
+                self._slot, fence=fence, attempt=attempt, tries=tries, index=index, run=run, unit=unit,
+                unit_since=unit_since,
+            )  # fmt: skip
 
     def _publish(self, run: str, rows: Sequence[str]) -> None:
         """Publish what has become ready; with a server away it stays in the outbox, for the rescuer."""
@@ -430,20 +436,28 @@ class StepRunner:
             function = resolve_task(self._settings.project, step.task)
             self._tasks[step.task] = (function, takes_context(function))
         function, with_context = self._tasks[step.task]
+        timeout_s = timeout_of(step)
         if with_context:
+            deadline = datetime.now(UTC) + timedelta(seconds=timeout_s)
+            if info.deadline_ms:
+                deadline = min(deadline, datetime.fromtimestamp(info.deadline_ms / 1000, UTC))
             arguments["context"] = Context(
                 run_id=info.id,
                 step_id=taken.step,
                 workflow=info.plan.workflow.name,
                 attempt=taken.attempt,
                 index=taken.index if taken.index >= 0 else None,
+                deadline=deadline,
                 logger=logging.getLogger(f"{info.plan.workflow.name}.{taken.step}"),
                 _load_event=lambda: _copy(self._load(info, "event", info.event_payload)),
             )
         with captured:
             self._flusher.watch(captured, partial(self._ledger.log, info.id, taken.slot, taken.attempt))
             try:
-                return function(**arguments)
+                with nullcontext() if step.memory is None else limited(step.memory):
+                    if self._interrupts is None:
+                        return function(**arguments)
+                    return self._interrupts.call(function, arguments, timeout_s)
             finally:
                 self._flusher.forget()
 

@@ -289,7 +289,7 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
 
     def note(fence: int, index: int) -> None:
         now = time.monotonic()
-        slots.write(0, fence=fence, attempt=1, index=index, run="r", unit=taken.unit, unit_since=now)
+        slots.write(0, fence=fence, attempt=1, tries=1, index=index, run="r", unit=taken.unit, unit_since=now)
 
     watch = Watch(engine, slots, Identity("w", ""))
     note(taken.fence, 0)
@@ -318,7 +318,7 @@ def test_a_bad_run_does_not_cost_the_others_their_leases(engine: Engine) -> None
         assert engine.start(run, plan, event={}, params={})
         taken = engine.ledger.begin(run, ["a"], How('{"worker":"w"', lease_ms=1)).taken
         assert taken is not None
-        slots.write(slot, fence=taken.fence, attempt=1, index=-1, run=run, unit="a", unit_since=0.0)
+        slots.write(slot, fence=taken.fence, attempt=1, tries=1, index=-1, run=run, unit="a", unit_since=0.0)
     engine.ledger.client.set("orchestrator:{bad}:leases", "no sorted set")
     Watch(engine, slots, Identity("w", "")).round(time.monotonic())
     seconds, _ = engine.ledger.client.time()
