@@ -22,8 +22,10 @@ from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Taken
 from orchestrator.ledger.ledger import How
+from orchestrator.retries import kinds_of
 from orchestrator.runs import StepError
 from orchestrator.service import Service
+from orchestrator.signals import StepTimeout
 from orchestrator.telemetry import get_logger
 from workers import children, outcome
 from workers.interrupts import SIGNAL, timeout_of
@@ -116,7 +118,6 @@ class Deadlines:
         self._killed.append(_Killed(work, reason))
         # The next child is to find nothing here: this was no loss.
         self._slots.clear(slot)
-        # Before it is done: right after it Celery forks, and a lock of the log would stay locked in the new child.
         log.warning("step_killed", pid=work.pid, run=work.run, step=work.slot, reason=reason.name.lower())
         with suppress(ProcessLookupError):
             os.kill(work.pid, signal.SIGKILL)
@@ -155,7 +156,7 @@ class Deadlines:
             message=f"it ran for longer than its timeout of {timeout_of(step):g} s, and did not end within "
             f"{self._grace_s:g} s of being told; its process was killed",
             reason="timeout",
-            kinds=("StepTimeout",),
+            kinds=kinds_of(StepTimeout),
         )
         return outcome.of_error(error, step, work.tries)
 

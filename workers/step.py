@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from billiard.common import terminate_handler_fired
 from celery import Task
 from celery.exceptions import Reject
 
@@ -163,6 +164,7 @@ class StepRunner:
         """
         links = 0
         unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
+        is_ended = False
         try:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
@@ -177,8 +179,11 @@ class StepRunner:
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
                 answer = self._run(info, taken, names, inputs, links)
+        except SystemExit:
+            is_ended = True  # from outside: the parent finds in the slot what is lost with this process
+            raise
         finally:
-            if self._slots is not None:
+            if self._slots is not None and not is_ended:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
         if answer.verdict == "refused":
@@ -349,7 +354,9 @@ class StepRunner:
             raise
         except StepCancelled:
             state, payload = "cancelled", ""
-        except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
+        except BaseException as exc:
+            if isinstance(exc, SystemExit) and terminate_handler_fired():
+                raise  # not the step's, but of somebody who ends this process
             payload = ""
             left_ms = self._settings.deploy_wait_s * 1000 - taken.postponed_ms
             if isinstance(exc, TaskNotFoundError) and left_ms > 0:
@@ -557,6 +564,8 @@ def describe_error(exc: BaseException, project: Path) -> StepError:
         message = f"(its message could not be made: {type(broken).__name__})"
     if isinstance(exc, SystemExit):
         message = f"the step called sys.exit({message})"
+    if isinstance(exc, MemoryError) and not message:
+        message = "no memory was left to it (see its `memory:`)"
     return StepError(
         type=name,
         message=message[:4000],

@@ -761,12 +761,16 @@ function verbs.sweep()
   return { call('HGET', RUN, 'state'), again, #lost, call('ZCARD', OUTBOX) }
 end
 
--- limbo: what `look` has said. Answers the units that only a message can bring on, if nothing has moved since.
+-- limbo: what `look` has said. Answers {the units that only a message can bring on, 1 if there are none and nothing but
+-- time brings the run on}; nothing if it has moved since.
 function verbs.limbo()
-  if idle() ~= ARGV[2] then return {} end
-  local states, found = {}, {}
+  if idle() ~= ARGV[2] then return { {}, 0 } end
+  local states, found, nested = {}, {}, false
   local flat = call('HGETALL', STATES)
-  for i = 1, #flat, 2 do states[flat[i]] = flat[i + 1] end
+  for i = 1, #flat, 2 do
+    states[flat[i]] = flat[i + 1]
+    nested = nested or (string.sub(flat[i], 1, 2) == 'w:' and flat[i + 1] ~= '~')
+  end
   for slot, state in pairs(states) do
     if (state == 'queued' or state == 'running') and not string.find(slot, '[:/]')
       and not states['n:' .. slot] and not states['w:' .. slot] then
@@ -785,7 +789,7 @@ function verbs.limbo()
       if k < hi then found[#found + 1] = unit end
     end
   end
-  return found
+  return { found, #found == 0 and not nested and call('EXISTS', TIMERS) or 0 }
 end
 
 local function is_begun(unit) -- and neither ended nor handed on, to its items, to a nested run or to its time

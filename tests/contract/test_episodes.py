@@ -532,7 +532,7 @@ class World:
             if not self.queue and not again and not fired:
                 version = self.ledger.look([self.run], 0)[1].get(self.run)
                 if version is not None:
-                    self.queue += self.ledger.limbo(self.run, version)
+                    self.queue += self.ledger.limbo({self.run: version})[self.run][0]
                     timers = self.ledger.client.zcard(keys.run_key(self.run, "timers"))
                     assert self.queue or timers, "idle, and nothing is in limbo"
         pytest.fail("the run does not end")
