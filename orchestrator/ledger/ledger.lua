@@ -996,7 +996,8 @@ end
 
 local answer = verbs[ARGV[1]]()
 if ends then
-  local keep = call('HGET', RUN, 'state') == 'failed' and KEEP_FAILED or KEEP
+  local failed = call('HGET', RUN, 'state') == 'failed' or call('HEXISTS', RUN, 'bad') == 1 -- so it has dead letters
+  local keep = failed and KEEP_FAILED or KEEP
   for _, key in ipairs(KEYS) do call('EXPIRE', key, keep) end
 end
 return answer
