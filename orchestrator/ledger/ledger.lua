@@ -182,20 +182,30 @@ local function end_phase(ready) -- every step of the phase has ended
   end
 end
 
+local NOT_THERE = { failed = true, upstream_failed = true, cancelled = true }
+
+local function note(step, state) -- a step has ended: count it for the joins below, and for what the run comes to
+  if state == 'failed' or state == 'cancelled' then
+    call('HSET', RUN, graph(step)[7] == '' and 'bad' or 'hook_failed', step)
+  end
+  for _, below in ipairs(graph(step)[4]) do
+    call('HINCRBY', STATES, 'u:' .. below, 1)
+    if NOT_THERE[state] then
+      call('HINCRBY', STATES, 'f:' .. below, 1)
+    elseif state == 'skipped' then
+      call('HINCRBY', STATES, 'k:' .. below, 1)
+    end
+  end
+end
+
 local function settle(step, state, ready) -- a step has ended: tell the joins below, and below those that do not run
   local stack = { { step, state } }
   while #stack > 0 do
     local settled = table.remove(stack)
     step, state = settled[1], settled[2]
     call('HSET', STATES, step, state)
-    if state == 'failed' then call('HSET', RUN, graph(step)[7] == '' and 'bad' or 'hook_failed', step) end
+    note(step, state)
     for _, below in ipairs(graph(step)[4]) do
-      call('HINCRBY', STATES, 'u:' .. below, 1)
-      if state == 'failed' or state == 'upstream_failed' then
-        call('HINCRBY', STATES, 'f:' .. below, 1)
-      elseif state == 'skipped' then
-        call('HINCRBY', STATES, 'k:' .. below, 1)
-      end
       local undone = decide(below, ready)
       if undone then stack[#stack + 1] = { below, undone } end
     end
@@ -317,7 +327,7 @@ local function chunk(step, index, known) -- {items per chunk, number of the chun
   return { per, number, call('HGET', ITEMS, step .. ':' .. int(number)) or '' }
 end
 
-local function final_states() -- {step, state, ...} if a step failed: whether the run did is for the plan to say
+local function final_states() -- {step, state, ...} if a step failed or was cancelled: whether the run did is for the plan to say
   local found = {}
   if call('HEXISTS', RUN, 'bad') == 1 then
     for _, step in ipairs(call('HKEYS', GRAPH)) do
@@ -916,19 +926,7 @@ local function recount() -- what has ended, for the joins below it; answers how 
   call('HDEL', RUN, 'bad')
   for _, step in ipairs(steps) do
     local state = call('HGET', STATES, step) or ''
-    if not ENDED[state] then
-      left = left + 1
-    else
-      if state == 'failed' then call('HSET', RUN, 'bad', step) end
-      for _, below in ipairs(graph(step)[4]) do
-        call('HINCRBY', STATES, 'u:' .. below, 1)
-        if state == 'failed' or state == 'upstream_failed' or state == 'cancelled' then
-          call('HINCRBY', STATES, 'f:' .. below, 1)
-        elseif state == 'skipped' then
-          call('HINCRBY', STATES, 'k:' .. below, 1)
-        end
-      end
-    end
+    if ENDED[state] then note(step, state) else left = left + 1 end
   end
   return left
 end

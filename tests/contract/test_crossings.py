@@ -1,0 +1,71 @@
+"""What crosses: cancels, resumes, redrives, lost leases and deaths that come in the middle of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.engine import Engine
+from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import How
+from orchestrator.plan import Plan
+from orchestrator.resume import redrive
+from orchestrator.workflows import END, Step, Workflow
+from tests.contract.test_episodes import HOW, do, expand, start, state, states, step, take
+
+BRIEF = How('{"worker": "brief"', lease_ms=1)
+
+
+@pytest.fixture
+def ledger(engine: Engine) -> Ledger:
+    return engine.ledger
+
+
+def nested(engine: Engine, *steps: Step, leaf: tuple[Step, ...] = (), **options: Any) -> Plan:
+    """Put a workflow `leaf` in force and start a run `top` of another."""
+    plan = Plan.of(Workflow(name="leaf", steps=leaf or (step("a"),)))
+    top = Plan.of(Workflow(name="top", steps=steps, **options))
+    engine.ledger.publish_workflows([plan, top])
+    assert engine.start("top", top, event={"id": "e"}, params={})
+    return plan
+
+
+def begin_child(engine: Engine, plan: Plan, unit: str, slot: str, child: str, run: str = "top") -> None:
+    """Have a slot of a run wait for a nested run."""
+    taken = take(engine.ledger, run, unit)
+    name, _, index = slot.partition("/")
+    parent = {"run": run, "step": name, "index": int(index or -1), "attempt": taken.attempt}
+    engine.start(child, plan, event={"id": "e"}, params={}, parent=parent)
+    answer = engine.ledger.complete(run, taken, "waiting", payload=child, how=HOW, inline="")
+    engine.publish(run, answer.publish)
+
+
+def fail(engine: Engine, run: str, unit: str = "a") -> None:
+    do(engine, run, unit, "failed")
+    do(engine, run, END, "failed")
+
+
+def test_a_redriven_step_of_a_cancelled_run_does_not_make_it_succeed(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("b"), step("c", "b"))
+    do(engine, "r", "a", "failed")
+    engine.cancel("r")
+    assert state(ledger, "r") == "cancelled"
+    redrive(engine, "r", {"a": None})
+    do(engine, "r", "a")
+    taken = take(ledger, "r", END)
+    plan = engine.plan(ledger.plan_of("r"))
+    final = dict(zip(taken.chunk[::2], taken.chunk[1::2], strict=True))
+    assert final
+    assert plan.unhandled(final) == ["b", "c"]
+
+
+def test_what_needs_a_fan_out_with_cancelled_items_does_not_run(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("f", foreach=[1, 2]), step("g", "f"))
+    expand(engine, "r", "f", 2, size=1)
+    do(engine, "r", "f/0-1", "failed")
+    engine.cancel("r")
+    redrive(engine, "r", {"f/0": None})
+    do(engine, "r", "f/0-1")
+    assert states(ledger, "r")["f"] == "cancelled"
+    assert states(ledger, "r")["g"] == "upstream_failed"
