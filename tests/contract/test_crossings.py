@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from orchestrator.engine import Engine
+from orchestrator.errors import InputError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import How
 from orchestrator.plan import Plan
 from orchestrator.resume import redrive
-from orchestrator.workflows import END, Step, Workflow
+from orchestrator.workflows import END, Phase, Step, Workflow
 from tests.contract.test_episodes import HOW, do, expand, start, state, states, step, take
 
 BRIEF = How('{"worker": "brief"', lease_ms=1)
@@ -69,3 +70,16 @@ def test_what_needs_a_fan_out_with_cancelled_items_does_not_run(engine: Engine, 
     do(engine, "r", "f/0-1")
     assert states(ledger, "r")["f"] == "cancelled"
     assert states(ledger, "r")["g"] == "upstream_failed"
+
+
+@pytest.mark.parametrize("phase", [Phase.ON_FAILURE, Phase.FINALLY])
+def test_a_run_nested_in_a_hook_does_not_go_on_by_itself(engine: Engine, ledger: Ledger, phase: Phase) -> None:
+    plan = nested(engine, step("m"), Step(id="n", workflow="leaf", phase=phase))
+    do(engine, "top", "m", "failed")
+    do(engine, "top", END, "failed")
+    begin_child(engine, plan, "n", "n", "leaf")
+    fail(engine, "leaf")
+    assert state(ledger, "top") == "failed"
+    with pytest.raises(InputError, match="hook"):
+        redrive(engine, "leaf", {"a": None})
+    assert state(ledger, "top") == "failed"
