@@ -166,11 +166,8 @@ end
 local function end_phase(ready) -- every step of the phase has ended
   local cause = is_stopping()
   if call('HGET', RUN, 'phase') ~= '' then
-    if cause then -- by then somebody wants it to end, hooks or no hooks
-      end_run('cancelled', '', call('HGET', RUN, 'end_error'), ready)
-    else
-      go_to_next_phase(ready)
-    end
+    if cause then call('HSET', RUN, 'end_state', 'cancelled') end
+    go_to_next_phase(ready)
   elseif cause == 'timeout' then
     local words = 'the run has reached its timeout'
     conclude('failed', '', cjson.encode({ type = 'RunTimeout', message = words }), ready)
@@ -680,9 +677,10 @@ local function stop(cause, ready)
   end
 end
 
--- cancel: answers as complete; done: the run is not in flight, or being cancelled already.
+-- cancel: the phase that is meant; a repeat must not stop the next one. Answers as complete; done: the run is not in
+-- flight, in another phase, or being cancelled already.
 function verbs.cancel()
-  if not is_in_flight() then return { 'done', {}, {} } end
+  if not is_in_flight() or call('HGET', RUN, 'phase') ~= ARGV[2] then return { 'done', {}, {} } end
   if is_stopping() == 'cancelled' then return { 'done', {}, {} } end
   call('HSET', RUN, 'cancel_requested', NOW_S)
   local ready = {}

@@ -47,6 +47,22 @@ def fail(engine: Engine, run: str, unit: str = "a") -> None:
     do(engine, run, END, "failed")
 
 
+def test_two_who_cancel_at_once_leave_the_hooks_alone(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    assert ledger.cancel("r").verdict == "ok"
+    ledger.cancel("r")  # redis-py repeats a call whose answer was lost
+    assert states(ledger, "r")["clean"] == "queued"
+
+
+def test_a_repeated_chore_does_not_end_the_hooks_of_a_nested_run(engine: Engine, ledger: Ledger) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf"), leaf=(step("a"), step("clean", phase=Phase.FINALLY)))
+    begin_child(engine, plan, "n", "n", "leaf")
+    engine.cancel("top")
+    assert states(ledger, "leaf")["clean"] == "queued"
+    engine.publish("top", ["^cancel:n"])  # whoever did it died before it had cleared the row
+    assert states(ledger, "leaf")["clean"] == "queued"
+
+
 def test_a_redriven_step_of_a_cancelled_run_does_not_make_it_succeed(engine: Engine, ledger: Ledger) -> None:
     start(engine, "r", step("a"), step("b"), step("c", "b"))
     do(engine, "r", "a", "failed")
@@ -83,3 +99,11 @@ def test_a_run_nested_in_a_hook_does_not_go_on_by_itself(engine: Engine, ledger:
     with pytest.raises(InputError, match="hook"):
         redrive(engine, "leaf", {"a": None})
     assert state(ledger, "top") == "failed"
+
+
+def test_a_cancel_while_on_failure_runs_leaves_finally_alone(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("tell", phase=Phase.ON_FAILURE), step("clean", phase=Phase.FINALLY))
+    do(engine, "r", "a", "failed")
+    do(engine, "r", END, "failed")
+    engine.cancel("r")
+    assert states(ledger, "r")["clean"] == "queued"
