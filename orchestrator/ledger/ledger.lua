@@ -519,7 +519,7 @@ function verbs.complete()
   end
   if inline == '' then -- draining: what was not begun goes back as it is
     call('ZREM', LEASES, unit)
-    if not is_stopping() then ready[#ready + 1] = unit end
+    if not ENDED[call('HGET', STATES, slot_of(unit)) or ''] then ready[#ready + 1] = unit end
     return go_on(ready, '', how, 'ok')
   end
   local answer = go_on(ready, '', how, 'ok')
@@ -537,6 +537,7 @@ function verbs.expand()
   if held(step) ~= fence then return { 'refused' } end
   if call('HEXISTS', STATES, 'n:' .. step) == 1 then return { 'done', lost_answer(how), {} } end
   call('ZREM', LEASES, step)
+  if call('HGET', STATES, step) ~= 'running' then return { 'done', lost_answer(how), {} } end -- given up, and cancelled
   local ready = {}
   if is_stopping() then
     end_slot(step, -1, 'cancelled', '', ready)
@@ -730,6 +731,7 @@ local function lose(unit, reason, ready)
   call('HSET', ATTEMPTS, slot .. '#x', before and (before .. ',' .. loss) or loss)
   call('HINCRBY', ATTEMPTS, slot .. '#l', 1)
   if is_stopping() and slot ~= END then
+    if ENDED[call('HGET', STATES, slot) or ''] then return end -- its nested run was quicker than who began it
     local step, index = string.match(slot, '^(.-)/(%d+)$')
     end_slot(step or slot, tonumber(index or -1), 'cancelled', '', ready)
   else
@@ -836,8 +838,10 @@ end
 function verbs.give_back()
   local unit, size = ARGV[2], tonumber(ARGV[4])
   local fence, k, hi = held(unit)
-  if fence ~= tonumber(ARGV[3]) or k + 1 >= hi or is_stopping() then return {} end
   local step = split(unit)
+  if fence ~= tonumber(ARGV[3]) or k + 1 >= hi or ENDED[call('HGET', STATES, step .. '/' .. int(k + 1)) or ''] then
+    return {} -- not its own, nothing left, or all of it cancelled
+  end
   hold(unit, fence, k, k + 1)
   local publish = {}
   for lo = k + 1, hi - 1, size do

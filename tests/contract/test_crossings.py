@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from orchestrator.engine import Engine
 from orchestrator.errors import InputError
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import How
 from orchestrator.plan import Plan
 from orchestrator.resume import redrive
 from orchestrator.workflows import END, Phase, Step, Workflow
-from tests.contract.test_episodes import HOW, do, expand, start, state, states, step, take
+from tests.contract.test_episodes import HOW, OTHER, do, expand, start, state, states, step, take
 
 BRIEF = How('{"worker": "brief"', lease_ms=1)
 
@@ -99,6 +100,47 @@ def test_a_run_nested_in_a_hook_does_not_go_on_by_itself(engine: Engine, ledger:
     with pytest.raises(InputError, match="hook"):
         redrive(engine, "leaf", {"a": None})
     assert state(ledger, "top") == "failed"
+
+
+def test_a_fan_out_that_was_given_up_in_a_cancelled_run_does_not_expand(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("f", foreach=[1, 2]), step("clean", phase=Phase.FINALLY))
+    taken = take(ledger, "r", "f", BRIEF)
+    engine.cancel("r")
+    time.sleep(0.005)
+    engine.repair("r")  # its lease has run out
+    assert states(ledger, "r") == {"f": "cancelled", "clean": "queued"}
+    answer = ledger.expand("r", taken, 2, size=1, max_parallel=0, per=10, chunks=["[1,2]"], how=BRIEF, inline="default")
+    assert answer.taken is None
+    assert states(ledger, "r") == {"f": "cancelled", "clean": "queued"}
+
+
+def test_a_lost_unit_whose_slot_has_ended_is_not_ended_twice(engine: Engine, ledger: Ledger) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf"), step("x"))
+    taken = take(ledger, "top", "n", BRIEF)
+    take(ledger, "top", "x", OTHER)
+    engine.start("leaf", plan, event={}, params={}, parent={"run": "top", "step": "n", "index": -1, "attempt": 1})
+    do(engine, "leaf", "a")
+    do(engine, "leaf", END)  # ends before it is recorded that n waits for it, and here the process dies
+    assert states(ledger, "top")["n"] == "succeeded"
+    engine.cancel("top")
+    time.sleep(0.005)
+    engine.repair("top")
+    assert states(ledger, "top") == {"n": "succeeded", "x": "running"}
+    assert state(ledger, "top") == "running"
+
+
+def test_a_part_is_not_given_back_when_its_run_has_ended(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("f", foreach=[1, 2, 3]))
+    expand(engine, "r", "f", 3)
+    taken = take(ledger, "r", "f/0-3", BRIEF)
+    engine.cancel("r")
+    time.sleep(0.005)
+    engine.repair("r")
+    assert state(ledger, "r") == "cancelled"
+    assert ledger.give_back("r", "f/0-3", taken.fence, 1) == []
+    ledger.complete("r", taken, "succeeded", how=BRIEF, inline="")
+    for name in keys.RUN_KEYS:
+        assert ledger.client.ttl(keys.run_key("r", name)) != -1, name
 
 
 def test_a_cancel_while_on_failure_runs_leaves_finally_alone(engine: Engine, ledger: Ledger) -> None:
