@@ -150,8 +150,9 @@ local function go_to_next_phase(ready) -- on_failure, if the run failed; finally
   end
   if phase ~= 'finally' and enter('finally', ready) then return end
   if state == 'succeeded' and hook then -- what was to clean up has not
-    local record = last_record(hook)
-    local reason = record ~= '' and cjson.decode(record).error or { type = 'Failed', message = hook }
+    -- What Python takes for JSON may be none for cjson (a lone surrogate), and a fan-out's own record has no error.
+    local readable, record = pcall(cjson.decode, last_record(hook))
+    local reason = readable and record.error or { type = 'Failed', message = 'the hook ' .. hook .. ' has failed' }
     state, problem = 'failed', cjson.encode({ type = reason.type, message = reason.message, step = (split(hook)) })
   end
   end_run(state, state == 'succeeded' and fields[3] or '', problem, ready)

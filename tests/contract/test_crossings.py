@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -127,6 +128,17 @@ def test_a_lost_unit_whose_slot_has_ended_is_not_ended_twice(engine: Engine, led
     engine.repair("top")
     assert states(ledger, "top") == {"n": "succeeded", "x": "running"}
     assert state(ledger, "top") == "running"
+
+
+def test_a_hook_whose_error_is_no_unicode_ends_the_run_all_the_same(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    do(engine, "r", "a")
+    do(engine, "r", END)
+    taken = take(ledger, "r", "clean")
+    error = json.dumps({"type": "ValueError", "message": "\udcff"})
+    answer = ledger.complete("r", taken, "failed", tail=f',"error":{error}', how=HOW, inline="")
+    engine.publish("r", answer.publish)
+    assert state(ledger, "r") == "failed"
 
 
 def test_a_part_is_not_given_back_when_its_run_has_ended(engine: Engine, ledger: Ledger) -> None:
