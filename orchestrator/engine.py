@@ -118,11 +118,13 @@ class Engine:
     def cancel(self, run: str) -> bool:
         """Cancel a run and the runs nested in it: what has not begun never will, what is in work is told to stop.
 
-        Durable once this has returned, and idempotent; False if it has ended or is being cancelled already.
-        Raises NotFoundError.
+        If its hooks are at work these are what is cancelled. Durable once this has returned, and idempotent; False if
+        it has ended or is being cancelled already. Raises NotFoundError.
         """
-        self.ledger.plan_of(run)
-        answer = self.ledger.cancel(run)
+        return self._cancel(run, self.ledger.phase_of(run))
+
+    def _cancel(self, run: str, phase: str) -> bool:
+        answer = self.ledger.cancel(run, phase)
         self.publish(run, answer.publish)
         return answer.verdict == "ok"
 
@@ -147,7 +149,7 @@ class Engine:
         state = self.ledger.outcome(child)[0]
         if state and not RunState(state).is_end:
             if cancel:
-                self.cancel(child)
+                self._cancel(child, "")
             return
         step, _, index = slot.partition("/")
         self._resolve(run, step, int(index or -1), self.ledger.attempts_of(run, slot)[0], child)

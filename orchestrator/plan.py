@@ -206,9 +206,14 @@ class Plan:
         """Return the failed steps whose failure no step took up by its trigger_rule, given all final states.
 
         A failure is taken up by a step that ran downstream of it with `all_done` or `one_failed`, next to it or with
-        only `upstream_failed` steps between.
+        only `upstream_failed` steps between. A step that was cancelled (in an earlier episode, and not sent back) is
+        among them whatever ran after it: nobody knows what it would have come to.
         """
-        return [step_id for step_id in self.main if states[step_id] == "failed" and not self._taken_up(step_id, states)]
+        return [
+            step_id
+            for step_id in self.main
+            if states[step_id] == "cancelled" or (states[step_id] == "failed" and not self._taken_up(step_id, states))
+        ]
 
     def _taken_up(self, step_id: str, states: Mapping[str, str]) -> bool:
         stack, seen = [step_id], {step_id}

@@ -377,8 +377,10 @@ def _slot(where: Mapping[str, Any]) -> str:
 def _lift(engine: Engine, child: str, where: Mapping[str, Any]) -> str:
     """Have the run that waited for a nested one wait again; answers the `parent` of the nested one."""
     record, slot = _Record(engine, where["run"]), _slot(where)
+    if where["step"] not in record.plan.main:  # an episode begins with the main steps, and its hooks anew
+        raise InputError(f"run {child} is nested in a hook of run {record.run}; resume that one")
     if record.states.get(slot) not in _AGAIN or record.child(slot) != child:
-        raise InFlightError(f"run {record.run}, in which {child} is nested, has gone on without it; resume that one")
+        raise InputError(f"run {record.run}, in which {child} is nested, has gone on without it; resume that one")
     choice = _Choice(record.plan)
     choice.waits[slot] = child
     _reopen(engine, record, choice, with_children=False)

@@ -480,7 +480,7 @@ class StepRunner:
         states = dict(zip(taken.chunk[::2], taken.chunk[1::2], strict=True))
         unhandled = plan.unhandled(states) if states else []
         if unhandled:
-            error = json.dumps(self._ledger.failure(info.id, unhandled[0]))
+            error = json.dumps(self._failure(info.id, unhandled[0], states[unhandled[0]]))
         else:
             try:
                 names = info.names | self._inputs(inputs)
@@ -499,6 +499,12 @@ class StepRunner:
                 error = json.dumps(StepError(type=type(exc).__name__, message=f"output: {exc}").to_json())
         state = "failed" if error else "succeeded"
         return self._ledger.finish(info.id, taken, state, payload=payload, error=error)
+
+    def _failure(self, run: str, step: str, state: str) -> dict[str, Any]:
+        if state == "failed":
+            return self._ledger.failure(run, step)
+        why = f"step {step} was cancelled and has not run since; go on with `orchestrator runs resume {run}`"
+        return StepError(type="StepCancelled", message=why, step=step).to_json()
 
     @staticmethod
     def _blob(info: _RunInfo, taken: Taken) -> str:

@@ -10,7 +10,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | run | workflow state episode plan event event_id input output error parent fence cleared | |
 | | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
 | | hooks | whether there are steps of on_failure or finally |
-| | bad end_state end_output end_error hook_failed | a failed step; what the run comes to when its hooks have ended |
+| | bad end_state end_output end_error hook_failed | a step that failed or was cancelled; what the run comes to when its hooks have ended |
 | | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
 | | created_at started_at finished_at deadline | ms since the epoch |

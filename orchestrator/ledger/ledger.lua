@@ -150,8 +150,9 @@ local function go_to_next_phase(ready) -- on_failure, if the run failed; finally
   end
   if phase ~= 'finally' and enter('finally', ready) then return end
   if state == 'succeeded' and hook then -- what was to clean up has not
-    local record = last_record(hook)
-    local reason = record ~= '' and cjson.decode(record).error or { type = 'Failed', message = hook }
+    -- What Python takes for JSON may be none for cjson (a lone surrogate), and a fan-out's own record has no error.
+    local readable, record = pcall(cjson.decode, last_record(hook))
+    local reason = readable and record.error or { type = 'Failed', message = 'the hook ' .. hook .. ' has failed' }
     state, problem = 'failed', cjson.encode({ type = reason.type, message = reason.message, step = (split(hook)) })
   end
   end_run(state, state == 'succeeded' and fields[3] or '', problem, ready)
@@ -166,11 +167,8 @@ end
 local function end_phase(ready) -- every step of the phase has ended
   local cause = is_stopping()
   if call('HGET', RUN, 'phase') ~= '' then
-    if cause then -- by then somebody wants it to end, hooks or no hooks
-      end_run('cancelled', '', call('HGET', RUN, 'end_error'), ready)
-    else
-      go_to_next_phase(ready)
-    end
+    if cause then call('HSET', RUN, 'end_state', 'cancelled') end
+    go_to_next_phase(ready)
   elseif cause == 'timeout' then
     local words = 'the run has reached its timeout'
     conclude('failed', '', cjson.encode({ type = 'RunTimeout', message = words }), ready)
@@ -182,20 +180,30 @@ local function end_phase(ready) -- every step of the phase has ended
   end
 end
 
+local NOT_THERE = { failed = true, upstream_failed = true, cancelled = true }
+
+local function note(step, state) -- a step has ended: count it for the joins below, and for what the run comes to
+  if state == 'failed' or state == 'cancelled' then
+    call('HSET', RUN, graph(step)[7] == '' and 'bad' or 'hook_failed', step)
+  end
+  for _, below in ipairs(graph(step)[4]) do
+    call('HINCRBY', STATES, 'u:' .. below, 1)
+    if NOT_THERE[state] then
+      call('HINCRBY', STATES, 'f:' .. below, 1)
+    elseif state == 'skipped' then
+      call('HINCRBY', STATES, 'k:' .. below, 1)
+    end
+  end
+end
+
 local function settle(step, state, ready) -- a step has ended: tell the joins below, and below those that do not run
   local stack = { { step, state } }
   while #stack > 0 do
     local settled = table.remove(stack)
     step, state = settled[1], settled[2]
     call('HSET', STATES, step, state)
-    if state == 'failed' then call('HSET', RUN, graph(step)[7] == '' and 'bad' or 'hook_failed', step) end
+    note(step, state)
     for _, below in ipairs(graph(step)[4]) do
-      call('HINCRBY', STATES, 'u:' .. below, 1)
-      if state == 'failed' or state == 'upstream_failed' then
-        call('HINCRBY', STATES, 'f:' .. below, 1)
-      elseif state == 'skipped' then
-        call('HINCRBY', STATES, 'k:' .. below, 1)
-      end
       local undone = decide(below, ready)
       if undone then stack[#stack + 1] = { below, undone } end
     end
@@ -317,7 +325,7 @@ local function chunk(step, index, known) -- {items per chunk, number of the chun
   return { per, number, call('HGET', ITEMS, step .. ':' .. int(number)) or '' }
 end
 
-local function final_states() -- {step, state, ...} if a step failed: whether the run did is for the plan to say
+local function final_states() -- {step, state, ...} if a step failed or was cancelled: whether the run did is for the plan to say
   local found = {}
   if call('HEXISTS', RUN, 'bad') == 1 then
     for _, step in ipairs(call('HKEYS', GRAPH)) do
@@ -512,7 +520,7 @@ function verbs.complete()
   end
   if inline == '' then -- draining: what was not begun goes back as it is
     call('ZREM', LEASES, unit)
-    if not is_stopping() then ready[#ready + 1] = unit end
+    if not ENDED[call('HGET', STATES, slot_of(unit)) or ''] then ready[#ready + 1] = unit end
     return go_on(ready, '', how, 'ok')
   end
   local answer = go_on(ready, '', how, 'ok')
@@ -530,6 +538,7 @@ function verbs.expand()
   if held(step) ~= fence then return { 'refused' } end
   if call('HEXISTS', STATES, 'n:' .. step) == 1 then return { 'done', lost_answer(how), {} } end
   call('ZREM', LEASES, step)
+  if call('HGET', STATES, step) ~= 'running' then return { 'done', lost_answer(how), {} } end -- given up, and cancelled
   local ready = {}
   if is_stopping() then
     end_slot(step, -1, 'cancelled', '', ready)
@@ -670,9 +679,10 @@ local function stop(cause, ready)
   end
 end
 
--- cancel: answers as complete; done: the run is not in flight, or being cancelled already.
+-- cancel: the phase that is meant; a repeat must not stop the next one. Answers as complete; done: the run is not in
+-- flight, in another phase, or being cancelled already.
 function verbs.cancel()
-  if not is_in_flight() then return { 'done', {}, {} } end
+  if not is_in_flight() or call('HGET', RUN, 'phase') ~= ARGV[2] then return { 'done', {}, {} } end
   if is_stopping() == 'cancelled' then return { 'done', {}, {} } end
   call('HSET', RUN, 'cancel_requested', NOW_S)
   local ready = {}
@@ -722,6 +732,7 @@ local function lose(unit, reason, ready)
   call('HSET', ATTEMPTS, slot .. '#x', before and (before .. ',' .. loss) or loss)
   call('HINCRBY', ATTEMPTS, slot .. '#l', 1)
   if is_stopping() and slot ~= END then
+    if ENDED[call('HGET', STATES, slot) or ''] then return end -- its nested run was quicker than who began it
     local step, index = string.match(slot, '^(.-)/(%d+)$')
     end_slot(step or slot, tonumber(index or -1), 'cancelled', '', ready)
   else
@@ -832,8 +843,10 @@ end
 function verbs.give_back()
   local unit, size = ARGV[2], tonumber(ARGV[4])
   local fence, k, hi = held(unit)
-  if fence ~= tonumber(ARGV[3]) or k + 1 >= hi or is_stopping() then return {} end
   local step = split(unit)
+  if fence ~= tonumber(ARGV[3]) or k + 1 >= hi or ENDED[call('HGET', STATES, step .. '/' .. int(k + 1)) or ''] then
+    return {} -- not its own, nothing left, or all of it cancelled
+  end
   hold(unit, fence, k, k + 1)
   local publish = {}
   for lo = k + 1, hi - 1, size do
@@ -920,19 +933,7 @@ local function recount() -- what has ended, for the joins below it; answers how 
   call('HDEL', RUN, 'bad')
   for _, step in ipairs(steps) do
     local state = call('HGET', STATES, step) or ''
-    if not ENDED[state] then
-      left = left + 1
-    else
-      if state == 'failed' then call('HSET', RUN, 'bad', step) end
-      for _, below in ipairs(graph(step)[4]) do
-        call('HINCRBY', STATES, 'u:' .. below, 1)
-        if state == 'failed' or state == 'upstream_failed' or state == 'cancelled' then
-          call('HINCRBY', STATES, 'f:' .. below, 1)
-        elseif state == 'skipped' then
-          call('HINCRBY', STATES, 'k:' .. below, 1)
-        end
-      end
-    end
+    if ENDED[state] then note(step, state) else left = left + 1 end
   end
   return left
 end

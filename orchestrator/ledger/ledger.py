@@ -389,15 +389,22 @@ class Ledger:
         """Record what a run comes to; its hooks follow, or its end. Verdicts: ok, done, refused."""
         return _answer(self._call(run, "finish", taken.fence, state, payload, error))
 
-    def cancel(self, run: str) -> Answer:
-        """Have nothing further of a run begin, and what is in work be told to stop; durable and idempotent.
+    def cancel(self, run: str, phase: str = "") -> Answer:
+        """Have nothing further of a phase of a run begin, and what is in work be told to stop; durable and idempotent.
 
-        Verdicts: ok, done (it has ended, or is being cancelled already).
+        Verdicts: ok, done (it has ended, is in another phase, or is being cancelled already).
         """
-        answer = self._call(run, "cancel")
+        answer = self._call(run, "cancel", phase)
         if answer[0] == "ok":
             self._expect(run, 0)  # whoever looks at what is due finds a run that is no longer as it was
         return _answer(answer)
+
+    def phase_of(self, run: str) -> str:
+        """Return the phase that a run is in (main: empty). Raises NotFoundError."""
+        state, phase = self._guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "phase"))
+        if state is None:
+            raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
+        return str(phase or "")
 
     def fire(self, run: str) -> list[str]:
         """Take up what in a run waited for a time that has come; answers the rows to publish."""
