@@ -17,6 +17,8 @@ from orchestrator.errors import one_line
 
 #: How deep what is beside a body may be nested; a process passes it on to its children.
 _DEPTH = 8
+#: Ids of ours have up to 100; what a child runs is noted by them in a place of its own size (workers/slots.py).
+_ID_BYTES = 200
 #: More items than any fan-out has.
 _ITEMS = 2**31
 #: What a message of ours never says: Celery would do it, or fail at it, and forget the message.
@@ -158,7 +160,7 @@ def _is_part(args: Any) -> bool:
 
 
 def _is_id(text: Any) -> bool:
-    return isinstance(text, str) and 0 < len(text) <= 1000 and text.isprintable()
+    return isinstance(text, str) and text.isprintable() and 0 < len(text.encode()) <= _ID_BYTES
 
 
 def _is_shallow(value: Any, depth: int) -> bool:

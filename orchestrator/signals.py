@@ -12,6 +12,10 @@ class Retry(Exception):  # noqa: N818 -- not an error, but what a step asks for
     `after` is a duration (seconds, or text such as `5m`); raises ValueError for what is none.
     """
 
+    # What holds in a subclass with an __init__ of its own, which does not call this one.
+    after_s: float | None = None
+    reason: str = ""
+
     def __init__(self, after: str | float | None = None, reason: str = "") -> None:
         super().__init__(after, reason)
         self.after_s = None if after is None else parse_duration(after).total_seconds()

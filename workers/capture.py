@@ -61,7 +61,8 @@ class Captured:
     def write(self, text: str) -> None:
         with self._lock:
             room = self._limit - self._length
-            self._parts.append(text[:room] if room > 0 else "")
+            if room > 0:
+                self._parts.append(text[:room])
             self._length += min(len(text), max(room, 0))
             self._left_out += len(text) - min(len(text), max(room, 0))
             self.is_dirty = True
@@ -70,7 +71,7 @@ class Captured:
         """Return the text so far, masked, with a last line that says how much was left out, if any."""
         with self._lock:
             self.is_dirty = False
-            if not self._parts:
+            if not self._parts and not self._left_out:
                 return ""
             text = "".join(self._parts)
             left_out = self._left_out
@@ -201,7 +202,7 @@ class Flusher:
     def watch(self, captured: Captured, keep: Callable[[str], None]) -> None:
         """Look after this text from now on: give it to `keep` when there is more of it."""
         self._watched = (captured, keep, time.monotonic())
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():  # a step may have left it no memory
             self._thread = threading.Thread(target=self._loop, name="log-flusher", daemon=True)
             self._thread.start()
 

@@ -12,15 +12,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.signals import StepCancelled, StepTimeout
 from orchestrator.workflows import Step
 from workers import capture
 from workers.slots import Slots, Stop
+from workers.surroundings import Surroundings
 
 #: billiard's signal for the same purpose: a child of Celery's has it for nothing else.
 SIGNAL = signal.SIGUSR1
@@ -43,27 +46,39 @@ class Interrupts:
         self._number = 0
         self._timeout_s = 0.0
         self._stopped: StepTimeout | StepCancelled | None = None
+        self._surroundings: Surroundings | None = None
+        #: Whether a StepCancelled that the last call has raised is ours, and not an error of the function's own.
+        self.is_cancelled = False
 
     def call(self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float) -> Any:
         """Return what the function returns; it is told to stop when `timeout_s` is over, or its run is cancelled.
 
         Raises StepTimeout or StepCancelled if it was, whatever it makes of that, unless it returns.
+        What it has changed of this process is put back (surroundings.py). A copy of this process that it has made
+        (`os.fork`), and that comes back from it too, ends here: it is no child of the worker.
         """
-        if not self._pid:
+        if self._surroundings is None:
             # Now and not when the child starts: billiard sets its own handler last of all.
             self._pid = os.getpid()
             signal.signal(SIGNAL, self._on_signal)
+            self._surroundings = Surroundings()
         self._timeout_s = timeout_s
+        self.is_cancelled = False
         self._number = self._slots.enter(self._slot, time.monotonic() + timeout_s)
         try:
             return _enter(function, arguments)
         except BaseException as exc:
+            if os.getpid() != self._pid:
+                _end_copy(exc)
             if self._stopped is None or self._stopped is exc:
                 raise
             raise self._stopped from None
         finally:
+            if os.getpid() != self._pid:
+                os._exit(0)
             self._slots.leave(self._slot)
             self._stopped = None
+            self._surroundings.restore()
 
     def _on_signal(self, _signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid or self._stopped is not None:
@@ -75,6 +90,7 @@ class Interrupts:
             self._stopped = StepTimeout(f"it ran for longer than its timeout of {self._timeout_s:g} s")
         else:
             self._stopped = StepCancelled("its run is cancelled")
+            self.is_cancelled = True
         self._slots.heed(self._slot, self._number)
         raise self._stopped
 
@@ -82,6 +98,14 @@ class Interrupts:
 def _enter(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call the function: it has control while this is on the stack with something on top of it."""
     return function(**arguments)
+
+
+def _end_copy(exc: BaseException) -> NoReturn:
+    """End this process as Python does when nothing catches `exc`."""
+    code = exc.code if isinstance(exc, SystemExit) else 1
+    if not isinstance(exc, SystemExit):
+        traceback.print_exception(exc, file=sys.__stderr__)
+    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
 
 
 def _may_raise(frame: FrameType | None) -> bool:

@@ -106,11 +106,13 @@ class Slots:
     def write(
         self, slot: int, *, fence: int, attempt: int, tries: int, index: int, run: str, unit: str, unit_since: float
     ) -> None:
-        """Note what this process runs from now on."""
+        """Note what this process runs from now on. Raises ValueError if a slot has no room for such ids."""
         base = _HEADER + slot * _SLOT
         memory = self._memory
         (sequence,) = _NUMBER.unpack_from(memory, base)
         run_bytes, unit_bytes = run.encode(), unit.encode()
+        if _TEXT_AT + len(run_bytes) + len(unit_bytes) > _SLOT:  # behind it is what another child runs
+            raise ValueError(f"ids of {len(run_bytes)} and {len(unit_bytes)} bytes are too long")
         _NUMBER.pack_into(memory, base, sequence | 1)
         end = base + _TEXT_AT + len(run_bytes) + len(unit_bytes)
         memory[base + _TEXT_AT : end] = run_bytes + unit_bytes

@@ -17,7 +17,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ log = get_logger(__name__)
 _T = TypeVar("_T")
 
 _RUNS_KNOWN = 128
+_MESSAGE_CHARACTERS = 4000
 _TRACEBACK_CHARACTERS = 16_000
 _FRAME_LIMIT = 30
 _INPUT_CHARACTERS = 16_000
@@ -310,7 +311,17 @@ class StepRunner:
             mask=captured.mask, is_step=True, event_id=info.event_id, run=info.id, workflow=info.plan.workflow.name,
             step=taken.slot, attempt=taken.attempt, pool=self._pool,
         ):  # fmt: skip
-            return self._attempt(info, taken, step, captured, names, inputs, links)
+            try:
+                return self._attempt(info, taken, step, captured, names, inputs, links)
+            except UnavailableError:
+                raise
+            except Exception:
+                if self._slots is None:
+                    raise
+                # Whatever the step has made of this process, or brought us that we cannot record: its slot says what
+                # it ran, so that the parent counts a loss and has it started again by another process.
+                log.exception("child_failed")
+                os._exit(1)
 
     def _attempt(
         self,
@@ -341,30 +352,29 @@ class StepRunner:
                 delay_ms = self._wait_ms(info, taken, step, names, captured)
                 state = "sleeping" if delay_ms else "succeeded"
             else:
-                arguments = _copy(evaluate(step.with_, self._names_for(info, step.with_, names, captured)))
+                arguments = dict(evaluate(step.with_, self._names_for(info, step.with_, names, captured)))
                 if taken.mended:
                     arguments |= self._payloads.unpack(taken.mended)
                 if step.workflow is not None:
                     payload = self._insist(partial(self._start_nested, info, taken, step, arguments))
                     state = "waiting"
                 else:
-                    value = self._call(info, taken, step, arguments, captured)
+                    value = self._call(info, taken, step, _copy(arguments), captured)
                     payload = self._insist(partial(self._pack, info, taken, value))
         except _CannotWaitError:
             raise
-        except StepCancelled:
-            state, payload = "cancelled", ""
         except BaseException as exc:
             if isinstance(exc, SystemExit) and terminate_handler_fired():
                 raise  # not the step's, but of somebody who ends this process
             payload = ""
             left_ms = self._settings.deploy_wait_s * 1000 - taken.postponed_ms
-            if isinstance(exc, TaskNotFoundError) and left_ms > 0:
+            if isinstance(exc, StepCancelled) and self._interrupts is not None and self._interrupts.is_cancelled:
+                state = "cancelled"
+            elif isinstance(exc, TaskNotFoundError) and left_ms > 0:
                 state, delay_ms = "postponed", min(_DEPLOY_LOOK_MS, left_ms)
                 log.warning("task_not_found", error=str(exc), gives_up_in_s=left_ms // 1000)
             else:
-                error = describe_error(exc, self._settings.project)
-                error = replace(error, message=captured.mask(error.message), traceback=captured.mask(error.traceback))
+                error = describe_error(exc, self._settings.project, captured.mask)
                 outcome = of_error(error, step, taken.tries, exc)
                 state, tail, delay_ms = outcome.state, outcome.tail + _input(arguments, captured), outcome.delay_ms
                 log.info("step_failed", error=error.type, state=state)
@@ -521,8 +531,14 @@ def _copy(value: Any) -> Any:
 
 
 def _input(arguments: Mapping[str, Any], captured: Captured) -> str:
-    """Return a member for the attempt's record: the arguments of the call, secrets masked; none if they are large."""
-    text = dumps(_masked({name: value for name, value in arguments.items() if name != "context"}, captured))
+    """Return a member for the attempt's record: the arguments of the call, secrets masked.
+
+    None if they are large, or what JSON does not have.
+    """
+    try:
+        text = dumps(_masked(arguments, captured))
+    except (PayloadError, RecursionError, ValueError):  # an expression may give what JSON does not have
+        return ""
     return f',"input":{text}' if arguments and len(text) <= _INPUT_CHARACTERS else ""
 
 
@@ -531,8 +547,11 @@ def _masked(value: Any, captured: Captured) -> Any:
         return captured.mask(value)
     if isinstance(value, dict):
         return {captured.mask(str(key)): _masked(element, captured) for key, element in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_masked(element, captured) for element in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = captured.mask(str(value))
+        return value if text == str(value) else text
     return value
 
 
@@ -547,7 +566,7 @@ class WorkerLostError(OrchestratorError):
 
 
 #: Named without the module that they happen to be in.
-_OURS = (OrchestratorError, StepTimeout, Retry, Fail)
+_OURS = (OrchestratorError, StepTimeout, StepCancelled, Retry, Fail)
 #: Errors of ours whose message says it all: a traceback would only show our own code.
 _PLAIN = (ExpressionError, PayloadError, SettingsError, TaskNotFoundError, WorkerLostError)
 _REASONS: Mapping[type[BaseException], str] = {
@@ -558,15 +577,15 @@ _REASONS: Mapping[type[BaseException], str] = {
 }
 
 
-def describe_error(exc: BaseException, project: Path) -> StepError:
-    """Return what an error was, its traceback and frames cut to those of the user's project."""
+def describe_error(exc: BaseException, project: Path, mask: Callable[[str], str] = str) -> StepError:
+    """Return what an error was, its traceback and frames cut to those of the user's project, its texts masked."""
     kind = type(exc)
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__") and not isinstance(exc, _OURS):
         name = f"{kind.__module__}.{kind.__qualname__}"
     try:
         message = str(exc)
-    except Exception as broken:  # noqa: BLE001 -- an error whose text cannot be made is still an error
+    except BaseException as broken:  # noqa: BLE001 -- an error whose text cannot be made is still an error
         message = f"(its message could not be made: {type(broken).__name__})"
     if isinstance(exc, SystemExit):
         message = f"the step called sys.exit({message})"
@@ -574,8 +593,9 @@ def describe_error(exc: BaseException, project: Path) -> StepError:
         message = "no memory was left to it (see its `memory:`)"
     return StepError(
         type=name,
-        message=message[:4000],
-        traceback="" if isinstance(exc, _PLAIN) else _user_traceback(exc, project)[-_TRACEBACK_CHARACTERS:],
+        # Masked before they are cut: half a secret would not be found.
+        message=mask(message)[:_MESSAGE_CHARACTERS],
+        traceback="" if isinstance(exc, _PLAIN) else mask(_user_traceback(exc, project))[-_TRACEBACK_CHARACTERS:],
         reason=next((reason for cause, reason in _REASONS.items() if isinstance(exc, cause)), "error"),
         frames=_user_frames(exc, project),
         kinds=kinds_of(kind),
@@ -591,20 +611,23 @@ def _user_frames(exc: BaseException, project: Path) -> tuple[tuple[str, int, str
 
 
 def _user_traceback(exc: BaseException, project: Path) -> str:
-    report = traceback.TracebackException.from_exception(exc, limit=-_FRAME_LIMIT, compact=True)
-    one: traceback.TracebackException | None = report
-    while one is not None:
-        users = [frame for frame in one.stack if _is_users(frame.filename, project)]
-        ours = str(Path(__file__).parent)
-        one.stack = traceback.StackSummary.from_list(
-            users or [frame for frame in one.stack if not frame.filename.startswith(ours)]
-        )
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
-    return "".join(report.format())
+    try:
+        report = traceback.TracebackException.from_exception(exc, limit=-_FRAME_LIMIT, compact=True)
+        one: traceback.TracebackException | None = report
+        while one is not None:
+            users = [frame for frame in one.stack if _is_users(frame.filename, project)]
+            ours = str(Path(__file__).parent)
+            one.stack = traceback.StackSummary.from_list(
+                users or [frame for frame in one.stack if not frame.filename.startswith(ours)]
+            )
+            one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        return "".join(report.format())
+    except Exception as broken:  # noqa: BLE001 -- of a SyntaxError that somebody has made by hand, for one
+        return f"(its traceback could not be made: {type(broken).__name__})"
 
 
 def _is_users(filename: str, project: Path) -> bool:
-    return filename.startswith(str(project)) and "site-packages" not in filename
+    return filename.startswith(f"{project}{os.sep}") and "site-packages" not in filename
 
 
 class StepTask(Task):  # type: ignore[misc]  # celery has no types

@@ -88,6 +88,8 @@ def test_what_is_a_step_is_taken(raw: bytes) -> None:
         (envelope([["r", ""], {}, {}]), "not_a_step"),
         (envelope([["r", "a\x00"], {}, {}]), "not_a_step"),
         (envelope([["\ud800", "a"], {}, {}]), "not_a_step"),
+        (envelope([["r" * 201, "a"], {}, {}]), "not_a_step"),
+        (envelope([["r", "é" * 101], {}, {}]), "not_a_step"),
         (envelope([["r", "a", 0, 10**30], {}, {}]), "not_a_step"),
         (envelope([["r", "a", -1, 1], {}, {}]), "not_a_step"),
         (envelope([["r", "a", 2, 1], {}, {}]), "not_a_step"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 from billiard import get_context
 
 from workers.slots import Exit, Slots, Stop, Work
@@ -88,6 +89,16 @@ def test_how_a_child_has_ended_is_said_of_that_child() -> None:
     assert slots.exit_of(1, 4711) == Exit(-9, is_out_of_memory=True)
     assert slots.exit_of(1, 4712) is None
     assert slots.exit_of(0, 4711) is None
+    slots.close()
+
+
+def test_ids_that_are_too_long_are_not_written_over_what_another_child_runs() -> None:
+    slots = Slots(3)
+    slots.write(1, fence=1, attempt=1, tries=1, index=-1, run="r", unit="a", unit_since=0.0)
+    before = slots.read(1)
+    with pytest.raises(ValueError, match="too long"):
+        slots.write(0, fence=0, attempt=0, tries=0, index=-1, run="b" * 1000, unit="", unit_since=0.0)
+    assert slots.read(1) == before
     slots.close()
 
 
