@@ -138,7 +138,7 @@ end
 
 local function go_to_next_phase(ready) -- on_failure, if the run failed; finally; then the run ends
   local fields = call('HMGET', RUN, 'phase', 'end_state', 'end_output', 'end_error', 'hook_failed')
-  local phase, state, problem, hook = fields[1], fields[2], fields[4], fields[5]
+  local phase, state, problem, hook = fields[1] or '', fields[2], fields[4], fields[5]
   call('HDEL', RUN, 'stopping')
   stopping = false
   if phase == '' then
@@ -165,7 +165,7 @@ end
 
 local function end_phase(ready) -- every step of the phase has ended
   local cause = is_stopping()
-  if call('HGET', RUN, 'phase') ~= '' then
+  if (call('HGET', RUN, 'phase') or '') ~= '' then
     if cause then -- by then somebody wants it to end, hooks or no hooks
       end_run('cancelled', '', call('HGET', RUN, 'end_error'), ready)
     else
