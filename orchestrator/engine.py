@@ -69,11 +69,12 @@ class Engine:
         for row in rows:
             if row.startswith(("^cancel:", "^await:")):
                 self._see_to_child(run, row.partition(":")[2], cancel=row.startswith("^cancel:"))
-        if "^ended" in rows:
+        has_ended = "^ended" in rows or "^parent" in rows  # the second is what earlier versions wrote
+        if has_ended:
             self._tell_parent(run)
         outbox = [row for row in rows if row != "^close"]
         left = self.ledger.clear(run, outbox) if outbox else 0
-        if not left and ("^ended" in rows or "^close" in rows):
+        if not left and (has_ended or "^close" in rows):
             self.ledger.close(run)
 
     def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
@@ -139,7 +140,7 @@ class Engine:
         parent = self.ledger.parent_of(run)
         if parent:
             where = json.loads(parent)
-            self._resolve(where["run"], where["step"], where["index"], where["attempt"], run)
+            self._resolve(where["run"], where["step"], where["index"], where.get("attempt", 1), run)
 
     def _see_to_child(self, run: str, slot: str, *, cancel: bool) -> None:
         """Look after the nested run that a slot waits for: cancel it, or take note if it has ended."""

@@ -10,7 +10,8 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | run | workflow state episode plan event event_id input output error parent fence cleared | |
 | | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
 | | hooks | whether there are steps of on_failure or finally |
-| | bad end_state end_output end_error hook_failed | a step that failed or was cancelled; what the run comes to when its hooks have ended |
+| | bad hook_failed | a step, a hook, that failed or was cancelled |
+| | end_state end_output end_error | what the run comes to when its hooks have ended |
 | | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
 | | created_at started_at finished_at deadline | ms since the epoch |
@@ -22,13 +23,15 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | units | unit | fence:k:hi, with the item and end of a header part (`step/lo-hi`); fence 0: not begun |
 | leases | unit | (sorted set) when the lease runs out, ms |
 | outbox | unit, or a chore | (sorted set) since when it waits to be published or done, ms |
-| timers | unit, ~slot, $deadline | (sorted set) when it is due, ms: to be taken again, a sleep's end, the run's timeout
-| | outputs | slot | payload (payloads.py) | | attempts | slot@attempt | JSON: worker, code, started_at, fence,
-finished_at, state, error | | | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON
-objects joined by commas) | | | slot#b slot#k | attempts and losses of earlier episodes | | | slot#u slot#m | since when
-no function was found for it, ms; arguments that were mended (payload) | | items | per:step, step:chunk | items per
-chunk, payload of a chunk: the list that `foreach` gave | | | again:step | items still to be handed out in a further
-episode | | logs | slot@attempt | captured text |
+| timers | unit, ~slot, $deadline | (sorted set) due at, ms: the next attempt, a sleep's end, the run's timeout |
+| outputs | slot | payload (payloads.py) |
+| attempts | slot@attempt | JSON: worker, code, started_at, fence, finished_at, state, error |
+| | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON objects joined by commas) |
+| | slot#b slot#k | attempts and losses of earlier episodes |
+| | slot#u slot#m | since when no function was found for it, ms; arguments that were mended (payload) |
+| items | per:step, step:chunk | items per chunk, payload of a chunk: the list that `foreach` gave |
+| | again:step | items still to be handed out in a further episode |
+| logs | slot@attempt | captured text |
 
 Chores in the outbox (engine.py does them): `!slot` a step that will not be tried again is to be made known as a dead
 letter; `^ended` whoever waits for this run is to be told; `^close` (never in the outbox) it has ended and that is all;

@@ -138,7 +138,7 @@ end
 
 local function go_to_next_phase(ready) -- on_failure, if the run failed; finally; then the run ends
   local fields = call('HMGET', RUN, 'phase', 'end_state', 'end_output', 'end_error', 'hook_failed')
-  local phase, state, problem, hook = fields[1], fields[2], fields[4], fields[5]
+  local phase, state, problem, hook = fields[1] or '', fields[2], fields[4], fields[5]
   call('HDEL', RUN, 'stopping')
   stopping = false
   if phase == '' then
@@ -166,7 +166,7 @@ end
 
 local function end_phase(ready) -- every step of the phase has ended
   local cause = is_stopping()
-  if call('HGET', RUN, 'phase') ~= '' then
+  if (call('HGET', RUN, 'phase') or '') ~= '' then
     if cause then call('HSET', RUN, 'end_state', 'cancelled') end
     go_to_next_phase(ready)
   elseif cause == 'timeout' then
@@ -682,7 +682,7 @@ end
 -- cancel: the phase that is meant; a repeat must not stop the next one. Answers as complete; done: the run is not in
 -- flight, in another phase, or being cancelled already.
 function verbs.cancel()
-  if not is_in_flight() or call('HGET', RUN, 'phase') ~= ARGV[2] then return { 'done', {}, {} } end
+  if not is_in_flight() or (call('HGET', RUN, 'phase') or '') ~= ARGV[2] then return { 'done', {}, {} } end
   if is_stopping() == 'cancelled' then return { 'done', {}, {} } end
   call('HSET', RUN, 'cancel_requested', NOW_S)
   local ready = {}

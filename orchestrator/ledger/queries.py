@@ -233,5 +233,5 @@ def _parent(text: str | None) -> dict[str, Any] | None:
         return None
     parent: dict[str, Any] = json.loads(text)
     parent["index"] = None if parent["index"] < 0 else parent["index"]
-    del parent["attempt"]
+    parent.pop("attempt", None)
     return parent

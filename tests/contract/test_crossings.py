@@ -117,7 +117,7 @@ def test_a_fan_out_that_was_given_up_in_a_cancelled_run_does_not_expand(engine: 
 
 def test_a_lost_unit_whose_slot_has_ended_is_not_ended_twice(engine: Engine, ledger: Ledger) -> None:
     plan = nested(engine, Step(id="n", workflow="leaf"), step("x"))
-    taken = take(ledger, "top", "n", BRIEF)
+    take(ledger, "top", "n", BRIEF)
     take(ledger, "top", "x", OTHER)
     engine.start("leaf", plan, event={}, params={}, parent={"run": "top", "step": "n", "index": -1, "attempt": 1})
     do(engine, "leaf", "a")

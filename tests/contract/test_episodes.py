@@ -627,3 +627,25 @@ def test_any_run_ends_and_is_brought_to_its_end_in_further_episodes(
     assert ledger.client.ttl(keys.run_key(run, "run")) > 0
     for name in keys.RUN_KEYS:
         assert ledger.client.ttl(keys.run_key(run, name)) != -1, name
+
+
+@pytest.mark.parametrize("chore", ["^ended", "^parent"])
+def test_runs_that_an_earlier_version_began_come_to_their_end(engine: Engine, ledger: Ledger, chore: str) -> None:
+    start(engine, "parent", step("n"))
+    plan = start(engine, "other", step("a"))
+    taken = take(ledger, "parent", "n")
+    ledger.complete("parent", taken, "waiting", payload="child", how=HOW, inline="")
+    engine.start("child", plan, event={}, params={}, parent={"run": "parent", "step": "n", "index": -1})
+    for run in ("parent", "child"):
+        ledger.client.hdel(keys.run_key(run, "run"), "phase")
+    do(engine, "child", "a")
+    ended = ledger.finish("child", take(ledger, "child", END), "succeeded", payload="1", error="")
+    assert ended.publish == ("^ended",)
+    ledger.client.delete(keys.run_key("child", "outbox"))
+    ledger.client.zadd(keys.run_key("child", "outbox"), {chore: 1})
+    engine.publish("child", [chore])
+    do(engine, "parent", END)
+    found, _ = Queries(ledger, engine.payloads).runs()
+    assert {run.id: run.state for run in found if run.id != "other"} == {"parent": "succeeded", "child": "succeeded"}
+    assert {run.id: run.parent for run in found}["child"] == {"run": "parent", "step": "n", "index": None}
+    assert ledger.active() == ["other"]
