@@ -142,13 +142,13 @@ class Engine:
             self._resolve(where["run"], where["step"], where["index"], where["attempt"], run)
 
     def _see_to_child(self, run: str, slot: str, *, cancel: bool) -> None:
-        """Look after the nested run that a slot waits for: cancel it, or take note if it has ended."""
+        """Look after the nested run of a slot: cancel it, also if the slot waits no longer, or note how it has ended."""
         child = self.ledger.child_of(run, slot)
         if not child:
             return
         state = self.ledger.outcome(child)[0]
         if state and not RunState(state).is_end:
-            if cancel:
+            if cancel or not self.ledger.is_waiting(run, slot):
                 self._cancel(child, "")
             return
         step, _, index = slot.partition("/")

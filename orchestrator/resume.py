@@ -357,7 +357,7 @@ def _reopen(
     for slot, child in choice.waits.items() if with_children else ():
         _resume_child(engine, run, slot, child)
     if waiting is not None:
-        engine.ledger.clear(waiting["run"], [f"^await:{_slot(waiting)}"])
+        engine.publish(waiting["run"], [f"^await:{_slot(waiting)}"])  # it may have been cancelled meanwhile
     return record.episode + 1
 
 

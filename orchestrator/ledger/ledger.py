@@ -441,6 +441,14 @@ class Ledger:
         """Return the id of the nested run that a slot waits for, or empty."""
         return str(self._guard(lambda: self.client.hget(keys.run_key(run, "states"), f"w:{slot}")) or "")
 
+    def is_waiting(self, run: str, slot: str) -> bool:
+        """Tell whether a slot waits for its nested run, in a run that is not to be stopped."""
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.hmget(keys.run_key(run, "run"), "state", "stopping")
+            pipe.hget(keys.run_key(run, "states"), slot)
+            (state, stopping), slot_state = self._guard(pipe.execute)
+        return state == "running" and stopping is None and slot_state == "running"
+
     def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
         """Return which attempt a slot is at: (over all episodes, in this one)."""
         retries, before = self._guard(

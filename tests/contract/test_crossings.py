@@ -13,7 +13,7 @@ from orchestrator.errors import InputError
 from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import How
 from orchestrator.plan import Plan
-from orchestrator.resume import redrive
+from orchestrator.resume import redrive, resume
 from orchestrator.workflows import END, Phase, Step, Workflow
 from tests.contract.test_episodes import HOW, OTHER, do, expand, start, state, states, step, take
 
@@ -103,6 +103,46 @@ def test_a_run_nested_in_a_hook_does_not_go_on_by_itself(engine: Engine, ledger:
     assert state(ledger, "top") == "failed"
 
 
+def test_a_cancel_in_the_middle_of_a_resume_stops_the_nested_run(
+    engine: Engine, ledger: Ledger, monkeypatch: Any
+) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf"))
+    begin_child(engine, plan, "n", "n", "leaf")
+    fail(engine, "leaf")
+    do(engine, "top", END, "failed")
+    reopen = ledger.reopen
+
+    def crossed(run: str, *arguments: Any) -> Any:
+        if run == "leaf":
+            engine.cancel("top")
+        return reopen(run, *arguments)
+
+    monkeypatch.setattr(ledger, "reopen", crossed)
+    resume(engine, "top")
+    assert state(ledger, "top") == "cancelled"
+    assert state(ledger, "leaf") == "cancelled"
+
+
+def test_a_cancel_in_the_middle_of_a_lift_stops_the_nested_run(
+    engine: Engine, ledger: Ledger, monkeypatch: Any
+) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf"))
+    begin_child(engine, plan, "n", "n", "leaf")
+    fail(engine, "leaf")
+    do(engine, "top", END, "failed")
+    reopen = ledger.reopen
+
+    def crossed(run: str, *arguments: Any) -> Any:
+        if run == "leaf":
+            engine.cancel("top")
+        return reopen(run, *arguments)
+
+    monkeypatch.setattr(ledger, "reopen", crossed)
+    redrive(engine, "leaf", {"a": None})
+    assert state(ledger, "top") == "cancelled"
+    assert state(ledger, "leaf") == "cancelled"
+
+
 def test_a_fan_out_that_was_given_up_in_a_cancelled_run_does_not_expand(engine: Engine, ledger: Ledger) -> None:
     start(engine, "r", step("f", foreach=[1, 2]), step("clean", phase=Phase.FINALLY))
     taken = take(ledger, "r", "f", BRIEF)
@@ -117,7 +157,7 @@ def test_a_fan_out_that_was_given_up_in_a_cancelled_run_does_not_expand(engine: 
 
 def test_a_lost_unit_whose_slot_has_ended_is_not_ended_twice(engine: Engine, ledger: Ledger) -> None:
     plan = nested(engine, Step(id="n", workflow="leaf"), step("x"))
-    taken = take(ledger, "top", "n", BRIEF)
+    take(ledger, "top", "n", BRIEF)
     take(ledger, "top", "x", OTHER)
     engine.start("leaf", plan, event={}, params={}, parent={"run": "top", "step": "n", "index": -1, "attempt": 1})
     do(engine, "leaf", "a")
