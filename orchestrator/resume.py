@@ -11,8 +11,10 @@ A nested run takes the run that waits for it along, and a resumed run the nested
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from orchestrator.engine import Engine
@@ -25,6 +27,8 @@ from orchestrator.workflows import Step
 
 #: Keys of a step that may change without its output being another.
 _HARMLESS = frozenset({"retry", "timeout", "memory", "pool", "max_parallel", "description"})
+#: How often the rescuer is asked to wait while many nested runs are resumed; less than ledger.lua's AWAIT_MS.
+_HOLD_BACK_S = 5.0
 _AGAIN = ("failed", "cancelled")
 _KEPT = ("succeeded", "skipped")
 
@@ -354,8 +358,8 @@ def _reopen(
         raise InFlightError(f"run {run} is going on already: somebody was faster")
     engine.dead_letters.forget(letters)
     engine.publish(run, answer.publish, plan=plan or record.plan)
-    for slot, child in choice.waits.items() if with_children else ():
-        _resume_child(engine, run, slot, child)
+    if with_children:
+        _resume_children(engine, run, choice.waits)
     if waiting is not None:
         engine.publish(waiting["run"], [f"^await:{_slot(waiting)}"])  # it may have been cancelled meanwhile
     return record.episode + 1
@@ -385,6 +389,16 @@ def _lift(engine: Engine, child: str, where: Mapping[str, Any]) -> str:
     choice.waits[slot] = child
     _reopen(engine, record, choice, with_children=False)
     return json.dumps({**where, "attempt": engine.ledger.attempts_of(record.run, slot)[0]})
+
+
+def _resume_children(engine: Engine, run: str, waits: Mapping[str, str]) -> None:
+    """Resume the nested runs whose end slots wait for, before the rescuer takes their old end for the new one."""
+    held_at = time.monotonic()
+    for n, (slot, child) in enumerate(waits.items()):
+        if time.monotonic() - held_at > _HOLD_BACK_S:
+            engine.ledger.hold_back(run, [f"^await:{left}" for left in islice(waits, n, None)])
+            held_at = time.monotonic()
+        _resume_child(engine, run, slot, child)
 
 
 def _resume_child(engine: Engine, run: str, slot: str, child: str) -> None:

@@ -887,6 +887,9 @@ local function forget(step) -- as if it had never begun
   call('HDEL', ITEMS, 'per:' .. step, 'again:' .. step)
 end
 
+-- So long who reopens a run has for the nested ones, and again whenever it says that it is still at it (verbs.hold_back).
+local AWAIT_MS = 30000
+
 local function reopen_items(step, how, ready) -- how: {items: [index], waits: {index: child}, parallel}
   local n = tonumber(call('HGET', STATES, 'n:' .. step))
   local again, count = {}, 0
@@ -906,7 +909,7 @@ local function reopen_items(step, how, ready) -- how: {items: [index], waits: {i
     local slot = step .. '/' .. i
     new_budget(slot)
     call('HSET', STATES, slot, 'running', 'w:' .. slot, child)
-    call('ZADD', OUTBOX, NOW, '^await:' .. slot)
+    call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. slot)
   end
   call('HDEL', STATES, 'b:' .. step, 'x:' .. step)
   if how.parallel > 0 then
@@ -967,7 +970,7 @@ function verbs.reopen()
   for step, child in pairs(how.waits) do
     new_budget(step)
     call('HSET', STATES, step, 'running', 'w:' .. step, child)
-    call('ZADD', OUTBOX, NOW, '^await:' .. step)
+    call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. step)
   end
   for step, items in pairs(how.items) do
     new_budget(step)
@@ -989,6 +992,11 @@ function verbs.reopen()
     end
   end
   return go_on(ready, '', {}, 'ok')
+end
+
+-- hold_back: rows of the outbox that are still to be left to who reopened the run.
+function verbs.hold_back()
+  for i = 2, #ARGV do call('ZADD', OUTBOX, 'XX', NOW + AWAIT_MS, ARGV[i]) end
 end
 
 local answer = verbs[ARGV[1]]()

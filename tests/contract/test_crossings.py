@@ -103,6 +103,28 @@ def test_a_run_nested_in_a_hook_does_not_go_on_by_itself(engine: Engine, ledger:
     assert state(ledger, "top") == "failed"
 
 
+def test_a_slow_resume_is_not_overtaken_by_the_rescuer(engine: Engine, ledger: Ledger, monkeypatch: Any) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf", foreach=[0, 1, 2]))
+    expand(engine, "top", "n", 3, size=1)
+    for i in range(3):
+        begin_child(engine, plan, f"n/{i}-{i + 1}", f"n/{i}", f"leaf{i}")
+        fail(engine, f"leaf{i}")
+    do(engine, "top", END, "failed")
+    publish = engine.publish
+
+    def slow(run: str, rows: Any, **options: Any) -> None:
+        publish(run, rows, **options)
+        if rows == ["^await:n/0"]:  # with many children it takes longer than a row may wait
+            outbox = keys.run_key("top", "outbox")
+            for row in ledger.client.zrange(outbox, 0, -1):
+                ledger.client.zincrby(outbox, -6000, row)  # OUTBOX_AGE_MS, and more
+            engine.repair("top")
+
+    monkeypatch.setattr(engine, "publish", slow)
+    resume(engine, "top")
+    assert [states(ledger, "top")[f"n/{i}"] for i in range(3)] == ["running"] * 3
+
+
 def test_a_cancel_in_the_middle_of_a_resume_stops_the_nested_run(
     engine: Engine, ledger: Ledger, monkeypatch: Any
 ) -> None:
