@@ -14,6 +14,7 @@ from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import How
 from orchestrator.plan import Plan
 from orchestrator.resume import redrive, resume
+from orchestrator.runs import child_run_id
 from orchestrator.workflows import END, Phase, Step, Workflow
 from tests.contract.test_episodes import HOW, OTHER, do, expand, start, state, states, step, take
 
@@ -215,6 +216,36 @@ def test_a_part_is_not_given_back_when_its_run_has_ended(engine: Engine, ledger:
     ledger.complete("r", taken, "succeeded", how=BRIEF, inline="")
     for name in keys.RUN_KEYS:
         assert ledger.client.ttl(keys.run_key("r", name)) != -1, name
+
+
+def test_a_nested_run_of_a_lost_process_is_cancelled_too(engine: Engine, ledger: Ledger) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf"))
+    take(ledger, "top", "n", BRIEF)
+    child = child_run_id("top", "n", None, 1)
+    engine.start(child, plan, event={}, params={}, parent={"run": "top", "step": "n", "index": -1, "attempt": 1})
+    engine.cancel("top")  # and its process dies before it could say that n waits for it
+    time.sleep(0.005)
+    engine.repair("top")
+    assert state(ledger, "top") == "cancelled"
+    assert state(ledger, child) == "cancelled"
+    assert ledger.active() == []
+
+
+def test_a_nested_run_that_is_started_after_its_slot_was_given_up_is_cancelled_too(
+    engine: Engine, ledger: Ledger
+) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf"))
+    taken = take(ledger, "top", "n", BRIEF)
+    engine.cancel("top")
+    time.sleep(0.005)
+    engine.repair("top")
+    assert state(ledger, "top") == "cancelled"
+    child = child_run_id("top", "n", None, 1)
+    engine.start(child, plan, event={}, params={}, parent={"run": "top", "step": "n", "index": -1, "attempt": 1})
+    answer = ledger.complete("top", taken, "waiting", payload=child, how=BRIEF, inline="")
+    engine.publish("top", answer.publish)
+    assert state(ledger, child) == "cancelled"
+    assert ledger.client.exists(keys.run_key("top", "outbox")) == 0
 
 
 def test_a_cancel_while_on_failure_runs_leaves_finally_alone(engine: Engine, ledger: Ledger) -> None:
