@@ -249,7 +249,12 @@ class _Resuming:
         changed_params = self._resolve_params(engine) if self.changed else frozenset()
         self.again: dict[str, str] = {}
         self.choice = _Choice(self.plan)
-        self.choice.gone = [step for step in record.plan.steps if step not in self.plan.steps]
+        # A main step that has become a hook is gone, too: hooks begin as if they never had.
+        self.choice.gone = [
+            step_id
+            for step_id in record.plan.steps
+            if step_id not in (self.plan.main if step_id in record.plan.main else self.plan.steps)
+        ]
         for step_id in self.plan.topological():
             if step_id in self.plan.main:
                 why = self._why_again(self.plan.steps[step_id], changed_params)

@@ -218,6 +218,24 @@ def test_a_part_is_not_given_back_when_its_run_has_ended(engine: Engine, ledger:
         assert ledger.client.ttl(keys.run_key("r", name)) != -1, name
 
 
+def test_a_step_that_becomes_a_hook_begins_anew(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("f", foreach=[1, 2]), step("b"))
+    expand(engine, "r", "f", 2, size=1)
+    do(engine, "r", "f/0-1")
+    do(engine, "r", "f/1-2")
+    do(engine, "r", "b", "failed")
+    do(engine, "r", END, "failed")
+    ledger.publish_workflows(
+        [Plan.of(Workflow(name="w", steps=(step("b"), step("f", phase=Phase.FINALLY, foreach=[1]))))]
+    )
+    resume(engine, "r")
+    do(engine, "r", "b")
+    do(engine, "r", END)
+    expand(engine, "r", "f", 1)
+    do(engine, "r", "f/0-1")
+    assert state(ledger, "r") == "succeeded"
+
+
 def test_a_nested_run_of_a_lost_process_is_cancelled_too(engine: Engine, ledger: Ledger) -> None:
     plan = nested(engine, Step(id="n", workflow="leaf"))
     take(ledger, "top", "n", BRIEF)
