@@ -249,6 +249,8 @@ class DeadLetters:
                 )
             )  # fmt: skip
         self._write_steps(letters)
+        if self._do(lambda: self._client.hget(keys.run_key(run, "run"), "episode")) != episode:
+            self.forget(letters)  # the run has gone on meanwhile, and who did that could not know of them
         return len(letters)
 
     def _write_steps(self, letters: Sequence[DeadLetter]) -> None:

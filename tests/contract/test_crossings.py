@@ -16,7 +16,7 @@ from orchestrator.plan import Plan
 from orchestrator.resume import redrive, resume
 from orchestrator.runs import child_run_id
 from orchestrator.workflows import END, Phase, Step, Workflow
-from tests.contract.test_episodes import HOW, OTHER, do, expand, start, state, states, step, take
+from tests.contract.test_episodes import ERROR, HOW, OTHER, do, expand, start, state, states, step, take
 
 BRIEF = How('{"worker": "brief"', lease_ms=1)
 
@@ -225,15 +225,47 @@ def test_a_step_that_becomes_a_hook_begins_anew(engine: Engine, ledger: Ledger) 
     do(engine, "r", "f/1-2")
     do(engine, "r", "b", "failed")
     do(engine, "r", END, "failed")
-    ledger.publish_workflows(
-        [Plan.of(Workflow(name="w", steps=(step("b"), step("f", phase=Phase.FINALLY, foreach=[1]))))]
-    )
+    moved = step("f", phase=Phase.FINALLY, foreach=[1])
+    ledger.publish_workflows([Plan.of(Workflow(name="w", steps=(step("b"), moved)))])
     resume(engine, "r")
     do(engine, "r", "b")
     do(engine, "r", END)
     expand(engine, "r", "f", 1)
     do(engine, "r", "f/0-1")
     assert state(ledger, "r") == "succeeded"
+
+
+def test_the_letter_of_a_hook_goes_when_its_run_goes_on(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    do(engine, "r", "a")
+    do(engine, "r", END)
+    do(engine, "r", "clean", "failed")
+    assert len(engine.dead_letters.list()[0]) == 1
+    resume(engine, "r")
+    do(engine, "r", END)
+    do(engine, "r", "clean")
+    assert state(ledger, "r") == "succeeded"
+    assert not engine.dead_letters.list()[0]
+
+
+def test_who_buries_while_the_run_goes_on_leaves_no_letter(engine: Engine, ledger: Ledger, monkeypatch: Any) -> None:
+    start(engine, "r", step("a"))
+    taken = take(ledger, "r", "a")
+    ledger.complete("r", taken, "failed", tail=ERROR, how=HOW, inline="")  # and it dies
+    do(engine, "r", END, "failed")
+    write = engine.dead_letters._write_steps
+
+    def slow(letters: Any) -> None:
+        resume(engine, "r")
+        write(letters)
+
+    monkeypatch.setattr(engine.dead_letters, "_write_steps", slow)
+    engine.dead_letters.bury("r", ["a"])
+    monkeypatch.undo()
+    do(engine, "r", "a")
+    do(engine, "r", END)
+    assert state(ledger, "r") == "succeeded"
+    assert not engine.dead_letters.list()[0]
 
 
 def test_a_nested_run_of_a_lost_process_is_cancelled_too(engine: Engine, ledger: Ledger) -> None:
