@@ -354,6 +354,8 @@ def _reopen(
     if waiting is not None:
         parent = _lift(engine, run, waiting)
     reopening = choice.to_json(record, run_input if run_input is not None else record.fields["input"], parent)
+    if parent is not None:
+        reopening["timeout_ms"] = _shorter_ms(reopening["timeout_ms"], engine, json.loads(parent))
     engine.ledger.index(run, int(record.fields["created_at"]))
     answer = engine.ledger.reopen(run, record.episode, reopening)
     if answer.verdict == "unknown":
@@ -379,6 +381,12 @@ def _failed(record: _Record, reopening: Mapping[str, Any]) -> Iterable[str]:
         yield from (slot for slot in slots if record.states.get(slot) == "failed")
     for step, how in reopening["items"].items():
         yield from (f"{step}/{index}" for index in how["items"] if record.states.get(f"{step}/{index}") == "failed")
+
+
+def _shorter_ms(timeout_ms: int, engine: Engine, where: Mapping[str, Any]) -> int:
+    """Return the timeout of a nested run: also the step that waits for it may have one."""
+    step = engine.plan(engine.ledger.plan_of(where["run"])).steps[where["step"]]
+    return min(filter(None, (timeout_ms, round((step.timeout_s or 0) * 1000))), default=0)
 
 
 def _slot(where: Mapping[str, Any]) -> str:

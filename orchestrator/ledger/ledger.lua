@@ -160,6 +160,7 @@ end
 
 local function conclude(state, payload, problem, ready) -- what the run comes to is known; its hooks are still to run
   call('ZREM', TIMERS, DEADLINE)
+  call('HDEL', RUN, 'deadline') -- it is not that of the hooks
   call('HSET', RUN, 'end_state', state, 'end_output', payload, 'end_error', problem)
   go_to_next_phase(ready)
 end

@@ -235,6 +235,27 @@ def test_a_step_that_becomes_a_hook_begins_anew(engine: Engine, ledger: Ledger) 
     assert state(ledger, "r") == "succeeded"
 
 
+def test_the_timeout_of_a_nested_step_holds_in_each_episode(engine: Engine, ledger: Ledger) -> None:
+    plan = nested(engine, Step(id="n", workflow="leaf", timeout_s=60))
+    taken = take(ledger, "top", "n")
+    parent = {"run": "top", "step": "n", "index": -1, "attempt": 1}
+    engine.start("leaf", plan, event={"id": "e"}, params={}, parent=parent, timeout_ms=60_000)
+    ledger.complete("top", taken, "waiting", payload="leaf", how=HOW, inline="")
+    for again in ("redrive", "resume"):
+        assert ledger.client.zscore(keys.run_key("leaf", "timers"), "$deadline")
+        fail(engine, "leaf")
+        do(engine, "top", END, "failed")
+        redrive(engine, "leaf", {"a": None}) if again == "redrive" else resume(engine, "top")
+    assert ledger.client.zscore(keys.run_key("leaf", "timers"), "$deadline")
+
+
+def test_hooks_do_not_have_the_deadline_of_the_run(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY), timeout_s=3600)
+    ledger.client.zadd(keys.run_key("r", "timers"), {"$deadline": 1})
+    engine.fire("r")
+    assert take(ledger, "r", "clean").meta[7] == ""
+
+
 def test_the_letter_of_a_hook_goes_when_its_run_goes_on(engine: Engine, ledger: Ledger) -> None:
     start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
     do(engine, "r", "a")
