@@ -564,7 +564,7 @@ def read_entry(entry: bytes, now_ms: int) -> tuple[DeadLetter, bytes]:
         body = json.loads(entry)
         raw, at = body["raw"].encode("latin-1"), int(body["at"])
         reason, detail, queue = str(body["reason"]), str(body.get("detail", "")), str(body.get("queue", ""))
-        queue.encode()
+        "".join((reason, detail, queue)).encode()  # JSON may have surrogates, which nothing can be made of
     except Exception:  # noqa: BLE001 -- it may be made of anything
         raw, at, queue = entry, now_ms, ""
         reason, detail = "envelope", f"somebody wrote to {keys.SET_ASIDE} what is no entry of it"

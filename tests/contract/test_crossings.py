@@ -289,6 +289,12 @@ def test_who_buries_while_the_run_goes_on_leaves_no_letter(engine: Engine, ledge
     assert not engine.dead_letters.list()[0]
 
 
+def test_an_entry_of_anything_becomes_a_letter(engine: Engine) -> None:
+    entry = json.dumps({"raw": "x", "at": 1, "reason": "\ud800", "detail": "\ud800", "queue": ""}).encode()
+    engine.ledger.client.lpush(keys.SET_ASIDE, entry)
+    assert engine.dead_letters.drain() == 1
+
+
 def test_a_nested_run_of_a_lost_process_is_cancelled_too(engine: Engine, ledger: Ledger) -> None:
     plan = nested(engine, Step(id="n", workflow="leaf"))
     take(ledger, "top", "n", BRIEF)
