@@ -17,6 +17,7 @@ from orchestrator.resume import redrive, resume
 from orchestrator.runs import child_run_id
 from orchestrator.workflows import END, Phase, Step, Workflow
 from tests.contract.test_episodes import ERROR, HOW, OTHER, do, expand, start, state, states, step, take
+from workers.step import Identity, StepRunner
 
 BRIEF = How('{"worker": "brief"', lease_ms=1)
 
@@ -323,6 +324,18 @@ def test_a_nested_run_that_is_started_after_its_slot_was_given_up_is_cancelled_t
     engine.publish("top", answer.publish)
     assert state(ledger, child) == "cancelled"
     assert ledger.client.exists(keys.run_key("top", "outbox")) == 0
+
+
+def test_an_end_that_kills_its_process_each_time_is_no_loop(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"))
+    do(engine, "r", "a")
+    for _ in range(engine.settings.maximum_losses):
+        take(ledger, "r", END, BRIEF)
+        time.sleep(0.005)
+        engine.repair("r")
+    StepRunner(engine, Identity("w", "c"), pool="default", slots=None, slot=0).carry("r", [END])
+    assert state(ledger, "r") == "failed"
+    assert json.loads(ledger.outcome("r")[2])["type"] == "WorkerLostError"
 
 
 def test_a_cancel_while_on_failure_runs_leaves_finally_alone(engine: Engine, ledger: Ledger) -> None:
