@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -86,7 +87,8 @@ def redrive(engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriv
     for slot in wanted:
         chosen.add(slot)
     chosen.mended = {
-        slot: engine.payloads.pack(value, f"runs/{run}/{slot}-mended-{record.episode}")
+        # A name of its own: who is faster must not get what another has mended.
+        slot: engine.payloads.pack(value, f"runs/{run}/{slot}-mended-{record.episode}-{uuid.uuid4().hex}")
         for slot in wanted
         if (value := slots[slot]) is not None
     }
@@ -223,7 +225,10 @@ class _Choice:
             "gone": self.gone,
             "items": items,
             "waits": {slot: child for slot, child in self.waits.items() if "/" not in slot and slot not in reset},
-            "mended": self.mended,
+            # An item of a list that is made anew may be another by then.
+            "mended": {
+                slot: text for slot, text in self.mended.items() if "/" not in slot or slot.split("/")[0] in items
+            },
             "timeout_ms": self.plan.timeout_ms,
             "parent": parent,
         }

@@ -15,7 +15,7 @@ from orchestrator.ledger.ledger import How
 from orchestrator.plan import Plan
 from orchestrator.resume import redrive, resume
 from orchestrator.runs import child_run_id
-from orchestrator.workflows import END, Phase, Step, Workflow
+from orchestrator.workflows import END, Phase, Step, TriggerRule, Workflow
 from tests.contract.test_episodes import ERROR, HOW, OTHER, do, expand, start, state, states, step, take
 from workers.step import Identity, StepRunner
 
@@ -344,3 +344,16 @@ def test_a_cancel_while_on_failure_runs_leaves_finally_alone(engine: Engine, led
     do(engine, "r", END, "failed")
     engine.cancel("r")
     assert states(ledger, "r")["clean"] == "queued"
+
+
+def test_what_was_mended_for_an_item_is_not_for_one_of_a_new_list(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("f", "a", foreach=[1, 2], trigger_rule=TriggerRule.ALL_DONE))
+    do(engine, "r", "a", "failed")
+    expand(engine, "r", "f", 2, size=1)
+    do(engine, "r", "f/0-1", "failed")
+    do(engine, "r", "f/1-2")
+    do(engine, "r", END, "failed")
+    redrive(engine, "r", {"a": {"x": 1}, "f/0": {"x": 2}})
+    do(engine, "r", "a")
+    expand(engine, "r", "f", 2, size=1)
+    assert take(ledger, "r", "f/0-1").mended == ""
