@@ -249,6 +249,8 @@ class DeadLetters:
                 )
             )  # fmt: skip
         self._write_steps(letters)
+        if self._do(lambda: self._client.hget(keys.run_key(run, "run"), "episode")) != episode:
+            self.forget(letters)  # the run has gone on meanwhile, and who did that could not know of them
         return len(letters)
 
     def _write_steps(self, letters: Sequence[DeadLetter]) -> None:
@@ -562,7 +564,7 @@ def read_entry(entry: bytes, now_ms: int) -> tuple[DeadLetter, bytes]:
         body = json.loads(entry)
         raw, at = body["raw"].encode("latin-1"), int(body["at"])
         reason, detail, queue = str(body["reason"]), str(body.get("detail", "")), str(body.get("queue", ""))
-        queue.encode()
+        "".join((reason, detail, queue)).encode()  # JSON may have surrogates, which nothing can be made of
     except Exception:  # noqa: BLE001 -- it may be made of anything
         raw, at, queue = entry, now_ms, ""
         reason, detail = "envelope", f"somebody wrote to {keys.SET_ASIDE} what is no entry of it"

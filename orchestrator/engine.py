@@ -23,7 +23,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
-from orchestrator.runs import RunState
+from orchestrator.runs import RunState, child_run_id
 from orchestrator.settings import Settings, mask_url
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
@@ -143,17 +143,21 @@ class Engine:
             self._resolve(where["run"], where["step"], where["index"], where.get("attempt", 1), run)
 
     def _see_to_child(self, run: str, slot: str, *, cancel: bool) -> None:
-        """Look after the nested run that a slot waits for: cancel it, or take note if it has ended."""
-        child = self.ledger.child_of(run, slot)
+        """Look after the nested run of a slot: cancel it, also if the slot waits no longer, or note how it has ended."""
+        step, _, index = slot.partition("/")
+        attempt = self.ledger.attempts_of(run, slot)[0]
+        child, is_known = self.ledger.child_of(run, slot), True
         if not child:
-            return
+            if not cancel:
+                return
+            # It was begun, and nobody could say any more whether its nested run was started.
+            child, is_known = child_run_id(run, step, int(index) if index else None, attempt), False
         state = self.ledger.outcome(child)[0]
         if state and not RunState(state).is_end:
-            if cancel:
+            if cancel or not self.ledger.is_waiting(run, slot):
                 self._cancel(child, "")
-            return
-        step, _, index = slot.partition("/")
-        self._resolve(run, step, int(index or -1), self.ledger.attempts_of(run, slot)[0], child)
+        elif is_known:
+            self._resolve(run, step, int(index or -1), attempt, child)
 
     def _resolve(self, run: str, step: str, index: int, attempt: int, child: str) -> None:
         """Record how the nested run of an attempt of a step has ended; a failure may be tried again."""

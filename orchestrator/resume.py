@@ -11,8 +11,11 @@ A nested run takes the run that waits for it along, and a resumed run the nested
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from orchestrator.engine import Engine
@@ -25,6 +28,8 @@ from orchestrator.workflows import Step
 
 #: Keys of a step that may change without its output being another.
 _HARMLESS = frozenset({"retry", "timeout", "memory", "pool", "max_parallel", "description"})
+#: How often the rescuer is asked to wait while many nested runs are resumed; less than ledger.lua's AWAIT_MS.
+_HOLD_BACK_S = 5.0
 _AGAIN = ("failed", "cancelled")
 _KEPT = ("succeeded", "skipped")
 
@@ -82,7 +87,8 @@ def redrive(engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriv
     for slot in wanted:
         chosen.add(slot)
     chosen.mended = {
-        slot: engine.payloads.pack(value, f"runs/{run}/{slot}-mended-{record.episode}")
+        # A name of its own: who is faster must not get what another has mended.
+        slot: engine.payloads.pack(value, f"runs/{run}/{slot}-mended-{record.episode}-{uuid.uuid4().hex}")
         for slot in wanted
         if (value := slots[slot]) is not None
     }
@@ -219,7 +225,10 @@ class _Choice:
             "gone": self.gone,
             "items": items,
             "waits": {slot: child for slot, child in self.waits.items() if "/" not in slot and slot not in reset},
-            "mended": self.mended,
+            # An item of a list that is made anew may be another by then.
+            "mended": {
+                slot: text for slot, text in self.mended.items() if "/" not in slot or slot.split("/")[0] in items
+            },
             "timeout_ms": self.plan.timeout_ms,
             "parent": parent,
         }
@@ -245,7 +254,12 @@ class _Resuming:
         changed_params = self._resolve_params(engine) if self.changed else frozenset()
         self.again: dict[str, str] = {}
         self.choice = _Choice(self.plan)
-        self.choice.gone = [step for step in record.plan.steps if step not in self.plan.steps]
+        # A main step that has become a hook is gone, too: hooks begin as if they never had.
+        self.choice.gone = [
+            step_id
+            for step_id in record.plan.steps
+            if step_id not in (self.plan.main if step_id in record.plan.main else self.plan.steps)
+        ]
         for step_id in self.plan.topological():
             if step_id in self.plan.main:
                 why = self._why_again(self.plan.steps[step_id], changed_params)
@@ -345,29 +359,39 @@ def _reopen(
     if waiting is not None:
         parent = _lift(engine, run, waiting)
     reopening = choice.to_json(record, run_input if run_input is not None else record.fields["input"], parent)
-    letters = engine.dead_letters.of(run, list(_failed(record, reopening)))
+    if parent is not None:
+        reopening["timeout_ms"] = _shorter_ms(reopening["timeout_ms"], engine, json.loads(parent))
     engine.ledger.index(run, int(record.fields["created_at"]))
     answer = engine.ledger.reopen(run, record.episode, reopening)
     if answer.verdict == "unknown":
         raise NotFoundError(f"run {run} is past its retention")
     if answer.verdict != "ok":
         raise InFlightError(f"run {run} is going on already: somebody was faster")
-    engine.dead_letters.forget(letters)
+    # Read now and not before: somebody may have been burying one, which then has seen the new episode, or we see it.
+    letters = engine.dead_letters.of(run, list(_failed(record, reopening)))
+    engine.dead_letters.forget(letter for letter in letters if letter.episode <= record.episode)
     engine.publish(run, answer.publish, plan=plan or record.plan)
-    for slot, child in choice.waits.items() if with_children else ():
-        _resume_child(engine, run, slot, child)
+    if with_children:
+        _resume_children(engine, run, choice.waits)
     if waiting is not None:
-        engine.ledger.clear(waiting["run"], [f"^await:{_slot(waiting)}"])
+        engine.publish(waiting["run"], [f"^await:{_slot(waiting)}"])  # it may have been cancelled meanwhile
     return record.episode + 1
 
 
 def _failed(record: _Record, reopening: Mapping[str, Any]) -> Iterable[str]:
-    """Return the slots that had failed and run again."""
-    for step in (*reopening["reset"], *reopening["gone"]):
+    """Return the slots that had failed and run again; hooks do in any case."""
+    hooks = (step for step in record.plan.steps if step not in record.plan.main)
+    for step in dict.fromkeys((*reopening["reset"], *reopening["gone"], *hooks)):
         slots = [step, *(f"{step}/{index}" for index in range(int(record.states.get(f"n:{step}", 0))))]
         yield from (slot for slot in slots if record.states.get(slot) == "failed")
     for step, how in reopening["items"].items():
         yield from (f"{step}/{index}" for index in how["items"] if record.states.get(f"{step}/{index}") == "failed")
+
+
+def _shorter_ms(timeout_ms: int, engine: Engine, where: Mapping[str, Any]) -> int:
+    """Return the timeout of a nested run: also the step that waits for it may have one."""
+    step = engine.plan(engine.ledger.plan_of(where["run"])).steps[where["step"]]
+    return min(filter(None, (timeout_ms, round((step.timeout_s or 0) * 1000))), default=0)
 
 
 def _slot(where: Mapping[str, Any]) -> str:
@@ -385,6 +409,16 @@ def _lift(engine: Engine, child: str, where: Mapping[str, Any]) -> str:
     choice.waits[slot] = child
     _reopen(engine, record, choice, with_children=False)
     return json.dumps({**where, "attempt": engine.ledger.attempts_of(record.run, slot)[0]})
+
+
+def _resume_children(engine: Engine, run: str, waits: Mapping[str, str]) -> None:
+    """Resume the nested runs whose end slots wait for, before the rescuer takes their old end for the new one."""
+    held_at = time.monotonic()
+    for n, (slot, child) in enumerate(waits.items()):
+        if time.monotonic() - held_at > _HOLD_BACK_S:
+            engine.ledger.hold_back(run, [f"^await:{left}" for left in islice(waits, n, None)])
+            held_at = time.monotonic()
+        _resume_child(engine, run, slot, child)
 
 
 def _resume_child(engine: Engine, run: str, slot: str, child: str) -> None:

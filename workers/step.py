@@ -489,7 +489,10 @@ class StepRunner:
         plan, error, payload = info.plan, "", ""
         states = dict(zip(taken.chunk[::2], taken.chunk[1::2], strict=True))
         unhandled = plan.unhandled(states) if states else []
-        if unhandled:
+        if taken.losses >= self._settings.maximum_losses:
+            lost = WorkerLostError(self._ledger.losses(info.id, END)[-1]["reason"], taken.losses)
+            error = json.dumps(StepError(type="WorkerLostError", message=f"output: {lost}").to_json())
+        elif unhandled:
             error = json.dumps(self._failure(info.id, unhandled[0], states[unhandled[0]]))
         else:
             try:

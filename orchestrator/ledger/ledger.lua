@@ -160,6 +160,7 @@ end
 
 local function conclude(state, payload, problem, ready) -- what the run comes to is known; its hooks are still to run
   call('ZREM', TIMERS, DEADLINE)
+  call('HDEL', RUN, 'deadline') -- it is not that of the hooks
   call('HSET', RUN, 'end_state', state, 'end_output', payload, 'end_error', problem)
   go_to_next_phase(ready)
 end
@@ -248,9 +249,18 @@ local function end_item(step, index, state, ready)
   end_items(step, 1, ready)
 end
 
+-- A slot that was begun is cancelled: its nested run may be there, and who started it died before it could say so.
+local function cancel_nested(step, slot, ready)
+  if string.find(graph(step)[6], 'n') and call('HEXISTS', STATES, 'w:' .. slot) == 0 then
+    call('ZADD', OUTBOX, NOW, '^cancel:' .. slot)
+    ready[#ready + 1] = '^cancel:' .. slot
+  end
+end
+
 local function end_slot(step, index, state, tail, ready) -- index -1: the step itself
   local slot = index >= 0 and (step .. '/' .. int(index)) or step
   close_record(slot, state, tail)
+  if state == 'cancelled' then cancel_nested(step, slot, ready) end
   if state == 'failed' and not call('HGET', STATES, 'w:' .. slot) then -- of a nested run the letter is its own
     call('ZADD', OUTBOX, NOW, '!' .. slot)
     ready[#ready + 1] = '!' .. slot
@@ -507,9 +517,13 @@ function verbs.complete()
       if payload ~= '' then call('HSET', OUTPUTS, slot, payload) end
       end_slot(step, lo and index or -1, state, tail, ready)
     end
-  elseif not lo then
-    call('ZREM', LEASES, unit)
-    return { 'done', lost_answer(how), {} }
+  else
+    -- Its lease was given up, and then it was cancelled.
+    if state == 'waiting' and now[1] == 'cancelled' then ready[1] = '^cancel:' .. slot end
+    if not lo then
+      call('ZREM', LEASES, unit)
+      return { 'done', lost_answer(how), ready }
+    end
   end
   if lo then hold(unit, fence, index + 1, hi) end
   -- Last, for an item's own part may have the name of the one that it comes from.
@@ -635,7 +649,10 @@ local function stop_items(step, n, busy, ready)
     local slot = step .. '/' .. int(i)
     local state = call('HGET', STATES, slot) or ''
     if not ENDED[state] and not busy[slot] and not stop_child(slot, ready) then
-      if state == 'running' then close_record(slot, 'cancelled', '') end
+      if state == 'running' then
+        close_record(slot, 'cancelled', '')
+        cancel_nested(step, slot, ready)
+      end
       call('HSET', STATES, slot, 'cancelled')
       stopped = stopped + 1
     end
@@ -672,7 +689,10 @@ local function stop(cause, ready)
       if fields[2] then
         stop_items(step, tonumber(fields[2]), busy, ready)
       elseif not busy[step] and not stop_child(step, ready) then
-        if state == 'running' then close_record(step, 'cancelled', '') end
+        if state == 'running' then
+          close_record(step, 'cancelled', '')
+          cancel_nested(step, step, ready)
+        end
         settle(step, 'cancelled', ready)
       end
     end
@@ -891,6 +911,9 @@ local function forget(step) -- as if it had never begun
   call('HDEL', ITEMS, 'per:' .. step, 'again:' .. step)
 end
 
+-- So long who reopens a run has for the nested ones, and again whenever it says that it is still at it (verbs.hold_back).
+local AWAIT_MS = 30000
+
 local function reopen_items(step, how, ready) -- how: {items: [index], waits: {index: child}, parallel}
   local n = tonumber(call('HGET', STATES, 'n:' .. step))
   local again, count = {}, 0
@@ -910,7 +933,7 @@ local function reopen_items(step, how, ready) -- how: {items: [index], waits: {i
     local slot = step .. '/' .. i
     new_budget(slot)
     call('HSET', STATES, slot, 'running', 'w:' .. slot, child)
-    call('ZADD', OUTBOX, NOW, '^await:' .. slot)
+    call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. slot)
   end
   call('HDEL', STATES, 'b:' .. step, 'x:' .. step)
   if how.parallel > 0 then
@@ -971,7 +994,7 @@ function verbs.reopen()
   for step, child in pairs(how.waits) do
     new_budget(step)
     call('HSET', STATES, step, 'running', 'w:' .. step, child)
-    call('ZADD', OUTBOX, NOW, '^await:' .. step)
+    call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. step)
   end
   for step, items in pairs(how.items) do
     new_budget(step)
@@ -993,6 +1016,11 @@ function verbs.reopen()
     end
   end
   return go_on(ready, '', {}, 'ok')
+end
+
+-- hold_back: rows of the outbox that are still to be left to who reopened the run.
+function verbs.hold_back()
+  for i = 2, #ARGV do call('ZADD', OUTBOX, 'XX', NOW + AWAIT_MS, ARGV[i]) end
 end
 
 local answer = verbs[ARGV[1]]()

@@ -435,6 +435,11 @@ class Ledger:
                 self._expect(run, self.now_ms() + int(reopening["timeout_ms"]))
         return _answer(answer)
 
+    def hold_back(self, run: str, rows: Sequence[str]) -> None:
+        """Have the rescuer leave `^await` rows of a run that was reopened alone for half a minute more."""
+        for lo in range(0, len(rows), 1000):
+            self._call(run, "hold_back", *rows[lo : lo + 1000])
+
     def now_ms(self) -> int:
         """Return the server's time."""
         seconds, micros = self._guard(self.client.time)
@@ -443,6 +448,14 @@ class Ledger:
     def child_of(self, run: str, slot: str) -> str:
         """Return the id of the nested run that a slot waits for, or empty."""
         return str(self._guard(lambda: self.client.hget(keys.run_key(run, "states"), f"w:{slot}")) or "")
+
+    def is_waiting(self, run: str, slot: str) -> bool:
+        """Tell whether a slot waits for its nested run, in a run that is not to be stopped."""
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.hmget(keys.run_key(run, "run"), "state", "stopping")
+            pipe.hget(keys.run_key(run, "states"), slot)
+            (state, stopping), slot_state = self._guard(pipe.execute)
+        return state == "running" and stopping is None and slot_state == "running"
 
     def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
         """Return which attempt a slot is at: (over all episodes, in this one)."""

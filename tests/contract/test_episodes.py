@@ -461,7 +461,7 @@ def test_who_died_between_the_runs_leaves_none_waiting_for_ever(engine: Engine, 
         "mended": {}, "timeout_ms": 0, "parent": None, "hooks": False,
     }  # fmt: skip
     assert ledger.reopen("top", 1, reopening).verdict == "ok"  # and here whoever did it has died
-    for row in ledger.sweep("top", -1)[1]:
+    for row in ledger.sweep("top", -60_000)[1]:
         engine.publish("top", [row])
     do(engine, "top", END, "failed")
     assert state(ledger, "top") == "failed"
