@@ -6,14 +6,17 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from celery.concurrency.asynpool import AsynPool
+from celery.concurrency.asynpool import AsynPool, Worker
 from celery.concurrency.prefork import TaskPool
 
 from workers.slots import Exit, Slots
 
+#: What whoever stops a worker may send to all its processes (a terminal, systemd), not to the parent alone.
+_STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _OOM_KILLS = re.compile(rb"^oom_kill (\d+)$", re.MULTILINE)
 #: A kill for want of memory and the end of a child belong together if no more than this lies between them.
 _OOM_S = 2.0
@@ -48,10 +51,29 @@ def _oom_kills() -> int:
     return 0 if found is None else int(found[1])
 
 
+class _Child(Worker):  # type: ignore[misc]  # celery has no types
+    """A child that its parent ends, and nobody else: billiard would raise SystemExit in the step, which then fails."""
+
+    def on_loop_start(self, pid: int) -> None:
+        def on_stop(number: int, _frame: object) -> None:
+            if os.getpid() != pid:  # a process that a step has forked
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+        for number in _STOPS:
+            signal.signal(number, on_stop)
+        super().on_loop_start(pid)
+
+
 def pool_of(slots: Slots, out_of_memory: OutOfMemory) -> type[Any]:
     """Return a prefork pool that notes in the slots how children have ended, before it replaces them."""
 
     class NotingPool(AsynPool):  # type: ignore[misc]  # celery has no types
+        Worker = _Child
+
+        def terminate_job(self, pid: int, _signal: int | None = None) -> None:
+            super().terminate_job(pid, signal.SIGKILL)
+
         def process_flush_queues(self, proc: Any) -> None:
             # Called of each child that has ended, between its end being known and its replacement.
             code = proc.exitcode
@@ -62,6 +84,13 @@ def pool_of(slots: Slots, out_of_memory: OutOfMemory) -> type[Any]:
 
     class NotingTaskPool(TaskPool):  # type: ignore[misc]  # celery has no types
         Pool = NotingPool
+
+        def on_terminate(self) -> None:
+            # Celery would send them SIGTERM, and wait.
+            for child in [] if self._pool is None else self._pool._pool:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+            super().on_terminate()
 
     return NotingTaskPool
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.engine import Engine
@@ -19,7 +21,7 @@ from orchestrator.workflows import Step, Workflow
 from tests.conftest import WorkerProcess, wait_until
 
 TASKS = """
-import io, logging, os, signal, sys, time
+import io, multiprocessing, os, signal, sys, time
 from orchestrator import Retry
 from orchestrator.signals import StepCancelled
 
@@ -56,6 +58,13 @@ def lower_recursion():
     sys.setrecursionlimit(60)
 
 # What forks
+
+def start_and_stop():
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    process.terminate()
+    process.join()
+    return process.exitcode
 
 def fork(how):
     pid = os.fork()
@@ -179,6 +188,41 @@ def test_the_next_step_is_stopped_softly_all_the_same(place: Place, task: str) -
     run = place.run(step("a", task), step("b", "nap", "a", with_={"seconds": 30}, timeout_s=0.5))
     assert [(str(one.state), one.losses) for one in run.steps] == [("succeeded", 0), ("failed", 0)]
     assert "step_killed" not in place.worker.log.read_text()
+
+
+# What is sent to the process -----------------------------------------------------------------------------------------
+
+
+def child(place: Place) -> psutil.Process:
+    assert place.worker.process is not None
+    (found,) = psutil.Process(place.worker.process.pid).children()
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_step_goes_on_when_all_processes_of_its_worker_are_told_to_stop(place: Place, number: int) -> None:
+    place.start(step("a", "nap", with_={"seconds": 1}))
+    wait_until(lambda: place.engine.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
+    child(place).send_signal(number)
+    assert [(str(one.state), one.losses) for one in place.end().steps] == [("succeeded", 0)]
+
+
+def test_a_process_that_a_step_starts_can_be_told_to_stop(place: Place) -> None:
+    run = place.run(step("a", "start_and_stop"))
+    assert run.output == -signal.SIGTERM
+
+
+def test_a_worker_that_is_to_end_at_once_leaves_its_steps_without_an_outcome(
+    settings: Settings, engine: Engine
+) -> None:
+    place = Place(settings, engine)
+    process = place.worker.start().process
+    assert process is not None
+    place.start(step("a", "nap", with_={"seconds": 60}))
+    wait_until(lambda: place.engine.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
+    process.send_signal(signal.SIGQUIT)
+    process.wait(15)
+    assert str(place.queries.run("r").steps[0].state) == "running"
 
 
 # What forks --------------------------------------------------------------------------------------------------------
