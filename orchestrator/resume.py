@@ -32,6 +32,7 @@ _HARMLESS = frozenset({"retry", "timeout", "memory", "pool", "max_parallel", "de
 _HOLD_BACK_S = 5.0
 _AGAIN = ("failed", "cancelled")
 _KEPT = ("succeeded", "skipped")
+_WHY = {"failed": "failed", "cancelled": "was cancelled"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,8 @@ def redrive(engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriv
 def check(engine: Engine, run: str, *, keep_definition: bool = False) -> Check:
     """Say what `resume` would do. Raises NotFoundError, InFlightError, InputError as it does."""
     record = _Record(engine, run)
+    if record.fields.get("parent"):
+        _waiting(engine, run, json.loads(record.fields["parent"]))
     return _Resuming(engine, record, keep_definition=keep_definition).check()
 
 
@@ -310,7 +313,7 @@ class _Resuming:
         if state in _KEPT:
             return ""
         items = record.items(step.id)
-        return f"{len(items)} of its items {'is' if len(items) == 1 else 'are'} missing" if items else f"is {state}"
+        return f"{len(items)} of its items {'is' if len(items) == 1 else 'are'} missing" if items else _WHY.get(state, "has not run")
 
     def _choose(self, engine: Engine, step_id: str, why: str) -> None:
         """Take a step as a whole, or only its items, or the nested runs that it waited for."""
@@ -398,13 +401,22 @@ def _slot(where: Mapping[str, Any]) -> str:
     return str(where["step"]) if where["index"] < 0 else f"{where['step']}/{where['index']}"
 
 
-def _lift(engine: Engine, child: str, where: Mapping[str, Any]) -> str:
-    """Have the run that waited for a nested one wait again; answers the `parent` of the nested one."""
+def _waiting(engine: Engine, child: str, where: Mapping[str, Any]) -> _Record:
+    """Return the run that waited for a nested one. Raises InputError if it has ended without it, by another attempt."""
     record, slot = _Record(engine, where["run"]), _slot(where)
     if where["step"] not in record.plan.main:  # an episode begins with the main steps, and its hooks anew
         raise InputError(f"run {child} is nested in a hook of run {record.run}; resume that one")
-    if record.states.get(slot) not in _AGAIN or record.child(slot) != child:
-        raise InputError(f"run {record.run}, in which {child} is nested, has gone on without it; resume that one")
+    if record.states.get(slot) in _AGAIN and record.child(slot) == child:
+        return record
+    words = f"run {record.run}, in which {child} is nested,"
+    if record.state is RunState.SUCCEEDED:
+        raise InputError(f"{words} has succeeded without it: nothing needs it any more; discard its dead letters")
+    raise InputError(f"{words} has gone on without it; resume that one")
+
+
+def _lift(engine: Engine, child: str, where: Mapping[str, Any]) -> str:
+    """Have the run that waited for a nested one wait again; answers the `parent` of the nested one."""
+    record, slot = _waiting(engine, child, where), _slot(where)
     choice = _Choice(record.plan)
     choice.waits[slot] = child
     _reopen(engine, record, choice, with_children=False)

@@ -22,6 +22,7 @@ from orchestrator.ledger.ledger import How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.resume import InFlightError, check, redrive, rerun, resume
+from orchestrator.retries import RetryPolicy
 from orchestrator.workflows import END, Phase, Step, Workflow
 
 HOW = How('{"worker": "w"')
@@ -357,7 +358,7 @@ def test_a_resumed_run_keeps_what_is_there(engine: Engine, ledger: Ledger) -> No
         "r",
     )
     found = check(engine, "r")
-    assert (found.keeps, dict(found.again)) == (("a", "d"), {"b": "is failed", "c": "runs after b"})
+    assert (found.keeps, dict(found.again)) == (("a", "d"), {"b": "failed", "c": "runs after b"})
     assert resume(engine, "r", episode=1) == 2
     with pytest.raises(InFlightError):
         resume(engine, "r", episode=1)
@@ -649,3 +650,23 @@ def test_runs_that_an_earlier_version_began_come_to_their_end(engine: Engine, le
     assert {run.id: run.state for run in found if run.id != "other"} == {"parent": "succeeded", "child": "succeeded"}
     assert {run.id: run.parent for run in found}["child"] == {"run": "parent", "step": "n", "index": None}
     assert ledger.active() == ["other"]
+
+
+def test_a_nested_run_that_another_attempt_has_replaced_is_not_gone_on_with(engine: Engine, ledger: Ledger) -> None:
+    once_more = RetryPolicy(maximum_attempts=2, initial_interval=0.001, maximum_interval=0.001)
+    start(engine, "parent", step("n", retry=once_more))
+    plan = start(engine, "other", step("a"))
+    taken = take(ledger, "parent", "n")
+    ledger.complete("parent", taken, "waiting", payload="child", how=HOW, inline="")
+    engine.start("child", plan, event={}, params={}, parent={"run": "parent", "step": "n", "index": -1, "attempt": 1})
+    do(engine, "child", "a", "failed")
+    why = json.dumps({"type": "Boom", "message": "no"})
+    ended = ledger.finish("child", take(ledger, "child", END), "failed", payload="", error=why)
+    engine.publish("child", ended.publish)
+    while states(ledger, "parent")["n"] == "retrying":
+        engine.fire("parent")
+    do(engine, "parent", "n")
+    do(engine, "parent", END)
+    for go_on in (check, resume, lambda engine, run: redrive(engine, run, {"a": None})):
+        with pytest.raises(InputError, match="run parent, in which child is nested, has succeeded without it"):
+            go_on(engine, "child")
