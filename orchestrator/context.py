@@ -16,8 +16,9 @@ class Context:
     """One attempt of a step.
 
     `index` is the item's place in a fan-out, None in other steps; `attempt` counts from 1. `deadline` is when the
-    step's timeout ends it; None without one. `idempotency_key` is the same over attempts, redrives and resumes of
-    this step (or item), and new on a rerun: give it to whatever must not be done twice.
+    step is stopped: by its own timeout (24 hours if it has none), or by that of its run. `idempotency_key` is the same
+    over attempts, redrives and resumes of this step (or item), and new on a rerun: give it to whatever must not be done
+    twice.
     """
 
     run_id: str
@@ -25,7 +26,7 @@ class Context:
     workflow: str
     attempt: int
     index: int | None
-    deadline: datetime | None = None
+    deadline: datetime
     logger: logging.Logger
     _load_event: Callable[[], dict[str, Any]] = field(repr=False)
 

@@ -26,9 +26,8 @@ from orchestrator.plan import Plan
 from orchestrator.runs import RunState
 from orchestrator.settings import Settings, mask_url
 
-#: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published; this one comes with an end.
+#: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
 CHORES = "!^"
-ENDED = "^ended"
 #: The id of a run is on the list of those in flight before the run is there: for no longer than this.
 _STARTING_MS = 600_000
 
@@ -70,11 +69,11 @@ class Engine:
         for row in rows:
             if row.startswith(("^cancel:", "^await:")):
                 self._see_to_child(run, row.partition(":")[2], cancel=row.startswith("^cancel:"))
-        is_ended = ENDED in rows
-        if is_ended:
+        if "^ended" in rows:
             self._tell_parent(run)
-        left = self.ledger.clear(run, rows)
-        if is_ended and not left:
+        outbox = [row for row in rows if row != "^close"]
+        left = self.ledger.clear(run, outbox) if outbox else 0
+        if not left and ("^ended" in rows or "^close" in rows):
             self.ledger.close(run)
 
     def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:

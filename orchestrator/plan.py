@@ -88,6 +88,10 @@ class Plan:
         return self.of_phase(Phase.STEPS)
 
     @cached_property
+    def has_hooks(self) -> bool:
+        return len(self.main) < len(self.steps)
+
+    @cached_property
     def roots(self) -> tuple[str, ...]:
         """The steps, hooks apart, that nothing is upstream of."""
         return tuple(step_id for step_id in self.main if not self.upstream[step_id])
@@ -151,16 +155,20 @@ class Plan:
         return found
 
     def topological(self) -> list[str]:
-        """Return the step ids, each after its upstream steps, in the order of the definition where that is free."""
+        """Return the step ids, each after its upstream steps, in the order of the definition where that is free.
+
+        Hooks come last.
+        """
         waiting = {step_id: len(above) for step_id, above in self.upstream.items()}
-        ready = [step_id for step_id in self.steps if not waiting[step_id]]
-        order = []
-        for step_id in ready:
-            order.append(step_id)
-            for below in self.downstream[step_id]:
-                waiting[below] -= 1
-                if not waiting[below]:
-                    ready.append(below)
+        order: list[str] = []
+        for phase in Phase:
+            ready = [step_id for step_id in self.of_phase(phase) if not waiting[step_id]]
+            for step_id in ready:
+                for below in self.downstream[step_id]:
+                    waiting[below] -= 1
+                    if not waiting[below]:
+                        ready.append(below)
+            order += ready
         return order
 
     @cached_property

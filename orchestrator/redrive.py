@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 from kombu import Queue
 
@@ -23,31 +23,12 @@ from orchestrator.engine import Engine
 from orchestrator.errors import InFlightError, InputError, NotFoundError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.messages import fault_of, message_of
+from orchestrator.resume import redrive as redrive_run
 from orchestrator.runs import STEP_RUN_MOVES, StepRunState
 from orchestrator.settings import mask_url
 
 _POLL_S = 0.2
 _ENDED = frozenset(str(state) for state in StepRunState if not STEP_RUN_MOVES[state])
-
-
-class Redriven(Protocol):
-    """What came of a redrive in one run: its new episode, the slots that were sent, and why others were not."""
-
-    @property
-    def episode(self) -> int: ...
-    @property
-    def slots(self) -> tuple[str, ...]: ...
-    @property
-    def skipped(self) -> Mapping[str, str]: ...
-
-
-class RedriveRun(Protocol):
-    """Opens a new episode of a run with these steps and items, each with mended arguments or None.
-
-    Raises InFlightError if the run is going on, NotFoundError if it is gone, InputError if it cannot go on.
-    """
-
-    def __call__(self, engine: Engine, run: str, slots: Mapping[str, Any | None]) -> Redriven: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,20 +73,18 @@ _Batch = list[DeadLetter]
 
 
 class Redrive:
-    """One redrive; `run` does it. `redrive_run` sends steps (resume.py)."""
+    """One redrive; `run` does it."""
 
     def __init__(
         self,
         engine: Engine,
         letters: DeadLetters,
-        redrive_run: RedriveRun,
         options: Options,
         *,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._engine = engine
         self._letters = letters
-        self._redrive_run = redrive_run
         self._options = options
         self._say = say
         self._summary = Summary()
@@ -202,7 +181,7 @@ class Redrive:
     def _send_steps(self, batch: _Batch) -> bool:
         run = str(batch[0].run)
         try:
-            answer = self._redrive_run(self._engine, run, {letter.slot: self._options.mended for letter in batch})
+            answer = redrive_run(self._engine, run, {letter.slot: self._options.mended for letter in batch})
         except InFlightError:
             return False
         except NotFoundError:

@@ -22,6 +22,8 @@ log = get_logger(__name__)
 
 PERIOD_S = 1.0
 _HOUSEKEEPING_ROUNDS = 600
+#: Also runs that only wait for their time are looked at this often.
+_WAKE_ROUNDS = 60
 #: Runs looked at in one round trip.
 _BATCH = 200
 #: After a gap this long between two rounds leases may have run out because nobody could renew them, ...
@@ -42,9 +44,13 @@ class Rescuer(LeadingService):
         #: Server's time of the last round, and until when leases that have run out are left alone.
         self._seen_ms = 0
         self._grace_until_ms = 0
-        #: Runs that the last round found idle, as they were then, and those of them that wait for other runs only.
+        #: Runs that the last round found idle, as they were then.
         self._idle: dict[str, str] = {}
+        #: Of these, by the same: those that wait for a message, and those that wait for another run.
+        self._queued: dict[str, str] = {}
         self._content: dict[str, str] = {}
+        #: Runs that wait for time alone, by when: as long as that is as it was they are not looked at.
+        self._asleep: dict[str, float] = {}
 
     def stop(self) -> None:
         super().stop()
@@ -68,37 +74,63 @@ class Rescuer(LeadingService):
         given_back = self._broker.tend()
         if given_back:
             log.warning("messages_given_back", messages=given_back, reason="their consumers are gone")
-        published = self._care(with_leases=now_ms >= self._grace_until_ms)
+        published = self._care(now_ms, with_leases=now_ms >= self._grace_until_ms)
         if self._rounds % _HOUSEKEEPING_ROUNDS == 0:
             self._engine.housekeep()
         self._rounds += 1
         return published
 
-    def _care(self, *, with_leases: bool) -> int:
+    def _care(self, now_ms: int, *, with_leases: bool) -> int:
         # In this order: idle in the last round, queue empty now, and as it was when it is looked at after that.
         empty = self._empty_queues()
         before, self._idle = self._idle, {}
+        queued, self._queued = self._queued, {}
         content, self._content = self._content, {}
         published, freed = 0, []
-        runs = self._engine.ledger.active()
+        runs = self._awake(now_ms)
         for lo in range(0, len(runs), _BATCH):
             if self._service.stopping.is_set():
                 break
             needing, idle = self._engine.ledger.look(runs[lo : lo + _BATCH])
             for run in needing:
                 published += self._repair(run, with_leases=with_leases)
-            for run, version in idle.items():
-                if content.get(run) == version:
-                    self._content[run] = version
-                    continue
-                self._idle[run] = version
-                if empty and before.get(run) == version:
-                    units = self._free(run, version, empty)
-                    published += units
-                    freed += [run] if units else []
+            self._idle |= idle
+            self._content |= idle.items() & content.items()
+            self._queued |= idle.items() & queued.items()
+            still = {run: version for run, version in idle.items() if before.get(run) == version}
+            self._classify({run: v for run, v in still.items() if run not in self._content and run not in self._queued})
+            for run in still.keys() & self._queued.keys() if empty else ():
+                units = self._free(run, still[run], empty)
+                published += units
+                freed += [run] if units else []
         if freed:
             log.error("runs_were_stuck", runs=len(freed), first=freed[:10], reason="the broker has lost their messages")
         return published
+
+    def _awake(self, now_ms: int) -> list[str]:
+        """Answer the runs in flight, but for those that sleep and of which nobody has heard since."""
+        runs = self._engine.ledger.active()
+        asleep, self._asleep = self._asleep, {}
+        if self._rounds % _WAKE_ROUNDS:
+            due = self._engine.ledger.expected([run for run in runs if run in asleep])
+            self._asleep = {run: at for run, at in due.items() if at is not None and at == asleep[run] and at > now_ms}
+        return [run for run in runs if run not in self._asleep]
+
+    def _classify(self, idle: dict[str, str]) -> None:
+        """Find out what runs wait for that have been idle for a round."""
+        sleeping = []
+        for run, (units, is_asleep) in self._engine.ledger.limbo(idle).items():
+            if units:
+                self._queued[run] = idle[run]
+            elif is_asleep:
+                sleeping.append(run)
+            else:
+                self._content[run] = idle[run]
+        for run, at in self._engine.ledger.expected(sleeping).items():
+            if at is None:
+                self._content[run] = idle[run]
+            else:
+                self._asleep[run] = at
 
     def _empty_queues(self) -> set[str]:
         """Answer the queues that are empty, of those in which messages of idle runs should be."""
@@ -128,10 +160,7 @@ class Rescuer(LeadingService):
     def _free(self, run: str, version: str, empty: set[str]) -> int:
         """Publish again what waits for a message that is in no queue."""
         try:
-            waiting = self._engine.ledger.limbo(run, version)
-            if not waiting:
-                self._content[run] = version
-                return 0
+            waiting, _ = self._engine.ledger.limbo({run: version})[run]
             plan = self._engine.plan(version.rpartition(":")[2])
             lost = [unit for unit in waiting if queue_name(plan.pool(unit.partition("/")[0])) in empty]
             if lost:

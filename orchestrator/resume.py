@@ -214,6 +214,7 @@ class _Choice:
             "plan": self.plan.hash,
             "input": run_input,
             "graph": self.plan.graph_rows if changed else None,
+            "hooks": self.plan.has_hooks,
             "reset": [step for step in self.plan.topological() if step in reset],
             "gone": self.gone,
             "items": items,

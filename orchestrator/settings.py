@@ -73,6 +73,8 @@ class Settings:
     deploy_wait_s: int = 300
     #: How long steps in progress may go on when `up` or a worker is told to stop.
     grace_s: int = 30
+    #: How long a step may go on after it was told to stop, because of its timeout or a cancel; then it is killed.
+    stop_grace_s: float = 10.0
     #: A step whose process died this often is not run again.
     maximum_losses: int = 5
     #: How often a watched folder is looked through for files that no notification told of.

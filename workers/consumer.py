@@ -25,6 +25,11 @@ _PAUSES_S = (0.2, 0.3, 2.0)
 _REPLACE_S = 0.5
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a line of Celery's says what ours do not: not of a lost connection, nor of a lost child."""
+    return not str(record.msg).startswith("Couldn't ack") and "WorkerLostError" not in repr(record.args)
+
+
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
     """Comes back within two seconds of the broker (Celery: up to 30) and logs one line when it goes and one after.
 
@@ -37,7 +42,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         self._outage = Outage(log, "consumer")
         # Celery's own lines about it: one for each try, and one for each message in work, which then comes again.
         logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)
-        logging.getLogger("celery.worker.request").addFilter(lambda record: "ack" not in str(record.msg)[:14])
+        logging.getLogger("celery.worker.request").addFilter(_is_news)
+        logging.getLogger("multiprocessing").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
     def register_with_event_loop(self, hub: Any) -> None:

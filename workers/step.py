@@ -16,11 +16,14 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from billiard.common import terminate_handler_fired
 from celery import Task
 from celery.exceptions import Reject
 
@@ -50,6 +53,8 @@ from orchestrator.signals import Fail, Retry, StepCancelled, StepTimeout
 from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
+from workers.interrupts import Interrupts, timeout_of
+from workers.memory import limited
 from workers.outcome import of_error
 from workers.slots import Slots
 
@@ -136,6 +141,7 @@ class StepRunner:
         self._pool = pool
         self._slots = slots
         self._slot = slot
+        self._interrupts = None if slots is None else Interrupts(slots, slot)
         self._record = identity.record(os.getpid())
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
@@ -158,6 +164,7 @@ class StepRunner:
         """
         links = 0
         unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
+        is_ended = False
         try:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
@@ -172,8 +179,11 @@ class StepRunner:
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
                 answer = self._run(info, taken, names, inputs, links)
+        except SystemExit:
+            is_ended = True  # from outside: the parent finds in the slot what is lost with this process
+            raise
         finally:
-            if self._slots is not None:
+            if self._slots is not None and not is_ended:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
         if answer.verdict == "refused":
@@ -186,12 +196,13 @@ class StepRunner:
     def _note(self, run: str, taken: Taken | None = None, unit_since: float = 0.0) -> None:
         """Tell the parent what this process runs, or that it is about to take something in a run."""
         if self._slots is not None:
-            fence, attempt, index, unit = (0, 0, -1, "")
+            fence, attempt, tries, index, unit = (0, 0, 0, -1, "")
             if taken is not None:
-                fence, attempt, index, unit = taken.fence, taken.attempt, taken.index, taken.unit
+                fence, attempt, tries, index, unit = taken.fence, taken.attempt, taken.tries, taken.index, taken.unit
             self._slots.write(
-                self._slot, fence=fence, attempt=attempt, index=index, run=run, unit=unit, unit_since=unit_since
-            )
+                self._slot, fence=fence, attempt=attempt, tries=tries, index=index, run=run, unit=unit,
+                unit_since=unit_since,
+            )  # fmt: skip
 
     def _publish(self, run: str, rows: Sequence[str]) -> None:
         """Publish what has become ready; with a server away it stays in the outbox, for the rescuer."""
@@ -343,7 +354,9 @@ class StepRunner:
             raise
         except StepCancelled:
             state, payload = "cancelled", ""
-        except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
+        except BaseException as exc:
+            if isinstance(exc, SystemExit) and terminate_handler_fired():
+                raise  # not the step's, but of somebody who ends this process
             payload = ""
             left_ms = self._settings.deploy_wait_s * 1000 - taken.postponed_ms
             if isinstance(exc, TaskNotFoundError) and left_ms > 0:
@@ -430,20 +443,28 @@ class StepRunner:
             function = resolve_task(self._settings.project, step.task)
             self._tasks[step.task] = (function, takes_context(function))
         function, with_context = self._tasks[step.task]
+        timeout_s = timeout_of(step)
         if with_context:
+            deadline = datetime.now(UTC) + timedelta(seconds=timeout_s)
+            if info.deadline_ms:
+                deadline = min(deadline, datetime.fromtimestamp(info.deadline_ms / 1000, UTC))
             arguments["context"] = Context(
                 run_id=info.id,
                 step_id=taken.step,
                 workflow=info.plan.workflow.name,
                 attempt=taken.attempt,
                 index=taken.index if taken.index >= 0 else None,
+                deadline=deadline,
                 logger=logging.getLogger(f"{info.plan.workflow.name}.{taken.step}"),
                 _load_event=lambda: _copy(self._load(info, "event", info.event_payload)),
             )
         with captured:
             self._flusher.watch(captured, partial(self._ledger.log, info.id, taken.slot, taken.attempt))
             try:
-                return function(**arguments)
+                with nullcontext() if step.memory is None else limited(step.memory):
+                    if self._interrupts is None:
+                        return function(**arguments)
+                    return self._interrupts.call(function, arguments, timeout_s)
             finally:
                 self._flusher.forget()
 
@@ -543,6 +564,8 @@ def describe_error(exc: BaseException, project: Path) -> StepError:
         message = f"(its message could not be made: {type(broken).__name__})"
     if isinstance(exc, SystemExit):
         message = f"the step called sys.exit({message})"
+    if isinstance(exc, MemoryError) and not message:
+        message = "no memory was left to it (see its `memory:`)"
     return StepError(
         type=name,
         message=message[:4000],

@@ -1,8 +1,9 @@
 """Watch: what the parent of a worker does for its children, in a thread of its own.
 
-Four times a second it reads the slots (slots.py). It renews the leases of what they run; gives up, so that it is
-started again at once, what a child that has died was running; gives back the items that wait in a part behind a long
-one, so that idle processes can take them; and ends a child whose unit somebody else has taken over.
+Four times a second it reads the slots (slots.py). It renews the leases of what they run, and has stopped what is to be
+(deadlines.py); gives up, so that it is started again at once, what a child that has died was running; gives back the
+items that wait in a part behind a long one, so that idle processes can take them; and ends a child whose unit somebody
+else has taken over.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 
 from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage, get_logger
-from workers.slots import Slots, Work
+from workers import children
+from workers.deadlines import PERIOD_S, Deadlines
+from workers.slots import Slots, Stop, Work
 from workers.step import Identity
 
 log = get_logger(__name__)
 
-PERIOD_S = 0.25
 #: A part that has been in work for this long shares what it has not begun, in parts of about half of this.
 SHARE_AFTER_S = 0.5
+#: How a child has ended is known when Celery has asked, which it does at once unless it waits for the broker.
+_EXIT_S = 2.0
 
 
 class Watch:
@@ -37,7 +42,11 @@ class Watch:
         self._identity = identity
         self._up_pid = up_pid
         self._service = Service("watch", self._loop)
+        self._deadlines = Deadlines(engine, slots, identity, partial(_publish, engine))
+        self.out_of_memory = children.OutOfMemory()
         self._renew_at = 0.0
+        #: The child that was found dead in a slot, and when first.
+        self._dead: dict[int, tuple[int, float]] = {}
         self._shared: dict[int, tuple[str, int]] = {}
         #: Pairs (pid, fence) that the last renewal found taken over.
         self._gone: set[tuple[int, int]] = set()
@@ -45,10 +54,12 @@ class Watch:
 
     def start(self) -> None:
         """Begin; returns at once."""
+        self._deadlines.start()
         self._service.start()
 
     def stop(self) -> None:
         """End; returns when the round in work is done."""
+        self._deadlines.end()
         self._service.stop()
 
     def _loop(self, stopping: threading.Event) -> None:
@@ -67,23 +78,36 @@ class Watch:
 
     def round(self, now: float) -> None:
         """Look once at every slot."""
+        self.out_of_memory.look(now)
         found = {slot: work for slot in range(self._slots.count) if (work := self._slots.read(slot)) is not None}
-        running = {slot: work for slot, work in found.items() if _is_alive(work.pid)}
-        if now >= self._renew_at:  # before all else, which may fail
+        running = {slot: work for slot, work in found.items() if children.is_alive(work.pid)}
+        if now >= self._renew_at:  # before what may fail
             self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
+        self._deadlines.record()
         for slot, work in found.items():
             if slot not in running:
-                self._give_up(slot, work)
+                self._give_up(slot, work, now)
                 continue
             is_shared = self._shared.get(slot) == (work.run, work.fence)
             if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and not is_shared:
                 self._share(slot, work, now)
 
-    def _give_up(self, slot: int, work: Work) -> None:
-        give_up(self._engine, work, self._identity)
-        again = self._slots.read(slot)
-        if again is not None and again.sequence == work.sequence:
+    def _give_up(self, slot: int, work: Work, now: float) -> None:
+        exit_ = self._slots.exit_of(slot, work.pid)
+        pid, since = self._dead.get(slot, (0, now))
+        if pid != work.pid:
+            self._dead[slot] = work.pid, now
+        if exit_ is None and (pid != work.pid or now - since < _EXIT_S):
+            return
+        if not self._is_still(slot, work):  # it was killed for its deadline, or given up by the child that came next
+            return
+        give_up(self._engine, work, self._identity, children.describe(exit_))
+        if self._is_still(slot, work):
             self._slots.clear(slot)
+
+    def _is_still(self, slot: int, work: Work) -> bool:
+        again = self._slots.read(slot)
+        return again is not None and again.sequence == work.sequence
 
     def _share(self, slot: int, work: Work, now: float) -> None:
         """Give back what a part has not begun; the faster its items were, the larger the new parts."""
@@ -92,8 +116,7 @@ class Watch:
         size = max(1, int(done * SHARE_AFTER_S / 2 / (now - work.unit_since)))
         units = self._engine.ledger.give_back(work.run, work.unit, work.fence, size)
         self._shared[slot] = (work.run, work.fence)
-        if units:
-            _publish(self._engine, work.run, units)
+        _publish(self._engine, work.run, units)
 
     def _renew(self, running: dict[int, Work]) -> bool:
         """Renew all leases; True if some were taken over and a second look is due.
@@ -102,12 +125,14 @@ class Watch:
         moment ago is not its own either, until it has noted what it took next.
         """
         gone_before, self._gone = self._gone, set()
-        gone, _ = self._engine.ledger.renew(
+        gone, stopping = self._engine.ledger.renew(
             (work.run, work.unit, work.fence)
-            for work in running.values()
+            for work in (*running.values(), *self._deadlines.unrecorded())
             if work.unit  # else it is about to take one
         )
         for slot, work in running.items():
+            if (work.run, work.unit) in stopping:
+                self._deadlines.stop(slot, work, Stop.CANCEL)
             again = self._slots.read(slot)
             if (work.run, work.unit) not in gone or again is None or (again.pid, again.fence) != (work.pid, work.fence):
                 continue
@@ -119,27 +144,18 @@ class Watch:
         return bool(self._gone)
 
 
-def give_up(engine: Engine, work: Work, identity: Identity) -> None:
+def give_up(engine: Engine, work: Work, identity: Identity, reason: str) -> None:
     """Have what a dead child ran started again; idempotent. Its parent does this, and the child that replaces it."""
-    units, rows = engine.ledger.abandon(work.run, identity.record(work.pid), "killed")
+    units, rows = engine.ledger.abandon(work.run, identity.record(work.pid), reason)
     if units:
-        log.warning("child_lost", pid=work.pid, run=work.run, units=units, index=work.index)
-        _publish(engine, work.run, rows)
+        log.warning("child_lost", pid=work.pid, reason=reason, run=work.run, units=units, index=work.index)
+    _publish(engine, work.run, rows)
 
 
-def _publish(engine: Engine, run: str, units: list[str]) -> None:
+def _publish(engine: Engine, run: str, units: Sequence[str]) -> None:
+    if not units:
+        return
     try:
         engine.publish(run, units)
     except OrchestratorError as exc:
         log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))
-
-
-def _is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended and that its parent has not asked about yet does not."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except ProcessLookupError:
-        return False
-    except OSError:  # not Linux
-        return True

@@ -21,7 +21,7 @@ from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.project import load_project
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
-from workers import capture
+from workers import capture, children
 from workers.consumer import Consumer
 from workers.slots import Slots
 from workers.step import Identity, StepRunner, StepTask
@@ -58,7 +58,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         worker = app.Worker(
             hostname=identity.worker,
-            pool="prefork",
+            pool=children.pool_of(slots, watch.out_of_memory),
             concurrency=size,
             queues=[queue_name(pool, priority) for priority in PRIORITIES],
             loglevel="WARNING",
@@ -106,7 +106,7 @@ def _prepare_children(
         before = slots.read(slot)
         if before is not None:  # the child whose place this one takes has died in a step
             try:
-                give_up(engine, before, identity)
+                give_up(engine, before, identity, children.describe(slots.exit_of(slot, before.pid)))
             except UnavailableError as exc:
                 log.warning("left_to_rescuer", run=before.run, unit=before.unit, error=str(exc))
             slots.clear(slot)

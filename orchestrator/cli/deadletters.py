@@ -207,7 +207,7 @@ def redrive(
         chosen = _choose(letters, ids or (), which, everything=everything)
         if not ids and chosen and sys.stdin.isatty() and not yes:
             typer.confirm(f"redrive {len(chosen)} dead letter(s)?", abort=True, err=True)
-        work = Redrive(engine, letters, _redrive_run, options, say=lambda line: print(line, file=sys.stderr))
+        work = Redrive(engine, letters, options, say=lambda line: print(line, file=sys.stderr))
         summary = work.run(chosen)
     if as_json:
         print_json(summary.to_json())
@@ -219,12 +219,6 @@ def redrive(
     canaries = f" ({len(summary.succeeded)} canaries succeeded)" if canary else ""
     print(f"sent {len(summary.sent)}{canaries}, skipped {len(summary.skipped)}, left {len(summary.left)}")
     return 0 if summary.worked else 1
-
-
-def _redrive_run(engine: Any, run: str, slots: Mapping[str, Any]) -> Any:
-    from orchestrator.resume import redrive as redrive_run
-
-    return redrive_run(engine, run, slots)
 
 
 def _rate(text: str | None) -> float:

@@ -9,6 +9,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 |---|---|---|
 | run | workflow state episode plan event event_id input output error parent fence cleared | |
 | | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
+| | hooks | whether there are steps of on_failure or finally |
 | | bad end_state end_output end_error hook_failed | a failed step; what the run comes to when its hooks have ended |
 | | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
@@ -30,7 +31,8 @@ chunk, payload of a chunk: the list that `foreach` gave | | | again:step | items
 episode | | logs | slot@attempt | captured text |
 
 Chores in the outbox (engine.py does them): `!slot` a step that will not be tried again is to be made known as a dead
-letter; `^ended` whoever waits for this run is to be told; `^cancel:slot` the nested run of a slot is to be cancelled;
+letter; `^ended` whoever waits for this run is to be told; `^close` (never in the outbox) it has ended and that is all;
+`^cancel:slot` the nested run of a slot is to be cancelled;
 `^await:slot` the nested run of a slot may have ended before the slot waited for it again.
 """
 

@@ -9,7 +9,7 @@
 
 local RUN, GRAPH, STATES, UNITS, LEASES, OUTBOX, OUTPUTS, ATTEMPTS, ITEMS, LOGS, TIMERS =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
-local END, DEADLINE, ENDED_ROW = '$end', '$deadline', '^ended'
+local END, DEADLINE = '$end', '$deadline'
 -- The last argument of every call: how long to keep a run, one that failed, and where to tell of ends.
 local KEEP, KEEP_FAILED, CHANNEL = string.match(table.remove(ARGV), '^(%d+),(%d+),(.*)$')
 local ID = string.match(RUN, '{(.*)}')
@@ -39,6 +39,7 @@ end
 
 local function steps_of(phase) -- ids of the steps of a phase
   local found = {}
+  if phase ~= '' and call('HEXISTS', RUN, 'hooks') == 0 then return found end
   for _, step in ipairs(call('HKEYS', GRAPH)) do
     if step ~= END and graph(step)[7] == phase then found[#found + 1] = step end
   end
@@ -116,8 +117,8 @@ local function end_run(state, payload, problem, ready)
     if not string.find(row, '^[!^]') then call('ZREM', OUTBOX, row) end
   end
   ends = true
-  if call('HEXISTS', RUN, 'parent') == 1 then call('ZADD', OUTBOX, NOW, ENDED_ROW) end
-  ready[#ready + 1] = ENDED_ROW
+  if call('HEXISTS', RUN, 'parent') == 1 then call('ZADD', OUTBOX, NOW, '^ended') end
+  ready[#ready + 1] = call('EXISTS', OUTBOX) == 1 and '^ended' or '^close'
   local told = { run = ID, workflow = call('HGET', RUN, 'workflow'), state = state, error = problem }
   call('PUBLISH', CHANNEL, cjson.encode(told))
 end
@@ -760,12 +761,16 @@ function verbs.sweep()
   return { call('HGET', RUN, 'state'), again, #lost, call('ZCARD', OUTBOX) }
 end
 
--- limbo: what `look` has said. Answers the units that only a message can bring on, if nothing has moved since.
+-- limbo: what `look` has said. Answers {the units that only a message can bring on, 1 if there are none and nothing but
+-- time brings the run on}; nothing if it has moved since.
 function verbs.limbo()
-  if idle() ~= ARGV[2] then return {} end
-  local states, found = {}, {}
+  if idle() ~= ARGV[2] then return { {}, 0 } end
+  local states, found, nested = {}, {}, false
   local flat = call('HGETALL', STATES)
-  for i = 1, #flat, 2 do states[flat[i]] = flat[i + 1] end
+  for i = 1, #flat, 2 do
+    states[flat[i]] = flat[i + 1]
+    nested = nested or (string.sub(flat[i], 1, 2) == 'w:' and flat[i + 1] ~= '~')
+  end
   for slot, state in pairs(states) do
     if (state == 'queued' or state == 'running') and not string.find(slot, '[:/]')
       and not states['n:' .. slot] and not states['w:' .. slot] then
@@ -784,7 +789,7 @@ function verbs.limbo()
       if k < hi then found[#found + 1] = unit end
     end
   end
-  return found
+  return { found, #found == 0 and not nested and call('EXISTS', TIMERS) or 0 }
 end
 
 local function is_begun(unit) -- and neither ended nor handed on, to its items, to a nested run or to its time
@@ -946,6 +951,7 @@ function verbs.reopen()
     'cancel_requested', 'deadline')
   call('HSET', RUN, 'state', 'running', 'phase', '', 'episode', int(tonumber(fields[2]) + 1),
     'plan', how.plan, 'input', how.input)
+  if how.hooks then call('HSET', RUN, 'hooks', '1') end
   if how.parent ~= cjson.null then call('HSET', RUN, 'parent', how.parent) end
   call('DEL', TIMERS, UNITS)
   set_deadline(tonumber(how.timeout_ms))
@@ -990,7 +996,8 @@ end
 
 local answer = verbs[ARGV[1]]()
 if ends then
-  local keep = call('HGET', RUN, 'state') == 'failed' and KEEP_FAILED or KEEP
+  local failed = call('HGET', RUN, 'state') == 'failed' or call('HEXISTS', RUN, 'bad') == 1 -- so it has dead letters
+  local keep = failed and KEEP_FAILED or KEEP
   for _, key in ipairs(KEYS) do call('EXPIRE', key, keep) end
 end
 return answer

@@ -247,6 +247,8 @@ class Ledger:
         fields |= {"event": event, "event_id": event_id, "input": run_input, "left": str(len(plan.main))}
         if parent is not None:
             fields["parent"] = json.dumps(parent)
+        if plan.has_hooks:
+            fields["hooks"] = "1"
         answer = self._call(
             run, "start", timeout_ms, len(rows), *_flat(rows), len(plan.roots), *plan.roots, *_flat(fields)
         )
@@ -392,7 +394,10 @@ class Ledger:
 
         Verdicts: ok, done (it has ended, or is being cancelled already).
         """
-        return _answer(self._call(run, "cancel"))
+        answer = self._call(run, "cancel")
+        if answer[0] == "ok":
+            self._expect(run, 0)  # whoever looks at what is due finds a run that is no longer as it was
+        return _answer(answer)
 
     def fire(self, run: str) -> list[str]:
         """Take up what in a run waited for a time that has come; answers the rows to publish."""
@@ -553,9 +558,21 @@ class Ledger:
         state, again, lost, left = self._call(run, "sweep", outbox_age_ms, "1" if with_leases else "")
         return state, list(again), lost, left
 
-    def limbo(self, run: str, version: str) -> list[str]:
-        """Answer the units of an idle run that wait for a message; none if it has moved since `look` gave `version`."""
-        return list(self._call(run, "limbo", version))
+    def limbo(self, idle: Mapping[str, str]) -> dict[str, tuple[list[str], bool]]:
+        """Say what idle runs wait for, given as `look` did: the units that wait for a message, whether for time alone.
+
+        One round trip. Of a run that has moved since: nothing, and False.
+        """
+        answers = self._call_many([(run, ("limbo", version)) for run, version in idle.items()]) if idle else []
+        return {
+            run: (list(answer[0]), bool(answer[1])) if answer else ([], False)
+            for run, answer in zip(idle, answers, strict=True)
+        }
+
+    def expected(self, runs: Sequence[str]) -> dict[str, float | None]:
+        """Return when something is noted to be due in runs, ms; None where nothing is."""
+        scores = self._guard(lambda: self.client.zmscore(keys.TIMERS, list(runs))) if runs else []
+        return dict(zip(runs, scores, strict=True))
 
     def give_up(self, run: str, error: Mapping[str, Any]) -> list[str]:
         """End a run that cannot go on as failed; answers the chores that this makes, none if it was not in flight."""

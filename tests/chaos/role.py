@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.engine import CHORES, ENDED
+from orchestrator.engine import CHORES
 from tests.chaos.record import Harm, Journal
 
 
@@ -70,7 +70,7 @@ POINTS = {
     "give_back.after": _ledger("give_back", "after", lambda _, units: bool(units)),
     "start_index.after": _ledger("index", "after"),
     "start.after": _ledger("start", "after", lambda _, started: started),
-    "finish.after": _ledger("finish", "after", lambda _, answer: ENDED in answer.publish),
+    "finish.after": _ledger("finish", "after", lambda _, answer: "^ended" in answer.publish),
     "resolve.after": _ledger("resolve", "after", lambda _, answer: bool(answer.publish)),
     "emit.before": Point("orchestrator.bus:EventBus.publish", "before"),
     "mark.before": _ledger("write", "before"),

@@ -458,7 +458,7 @@ def test_who_died_between_the_runs_leaves_none_waiting_for_ever(engine: Engine, 
     do(engine, "top", END, "failed")
     reopening = {
         "plan": plan.hash, "input": "{}", "graph": None, "reset": [], "gone": [], "items": {}, "waits": {"n": "leaf"},
-        "mended": {}, "timeout_ms": 0, "parent": None,
+        "mended": {}, "timeout_ms": 0, "parent": None, "hooks": False,
     }  # fmt: skip
     assert ledger.reopen("top", 1, reopening).verdict == "ok"  # and here whoever did it has died
     for row in ledger.sweep("top", -1)[1]:
@@ -532,7 +532,7 @@ class World:
             if not self.queue and not again and not fired:
                 version = self.ledger.look([self.run], 0)[1].get(self.run)
                 if version is not None:
-                    self.queue += self.ledger.limbo(self.run, version)
+                    self.queue += self.ledger.limbo({self.run: version})[self.run][0]
                     timers = self.ledger.client.zcard(keys.run_key(self.run, "timers"))
                     assert self.queue or timers, "idle, and nothing is in limbo"
         pytest.fail("the run does not end")

@@ -226,17 +226,17 @@ def test_a_run_is_idle_if_only_a_message_brings_it_on(ledger: Ledger) -> None:
     version = idle(ledger, "r")
     assert version is not None
     assert version.endswith(":" + plan.hash)
-    assert sorted(ledger.limbo("r", version)) == ["a", "b"]
+    assert sorted(ledger.limbo({"r": version})["r"][0]) == ["a", "b"]
     a = take(ledger, "r", "a")
     assert idle(ledger, "r") is None
-    assert ledger.limbo("r", version) == []
+    assert ledger.limbo({"r": version})["r"][0] == []
     assert ledger.complete("r", a, "succeeded", how=HOW, inline="").publish == ("c",)
     assert idle(ledger, "r") is None  # c waits in the outbox
     ledger.clear("r", ["c"])
     later = idle(ledger, "r")
     assert later is not None
-    assert ledger.limbo("r", version) == []  # it has moved since
-    assert sorted(ledger.limbo("r", later)) == ["b", "c"]
+    assert ledger.limbo({"r": version})["r"][0] == []  # it has moved since
+    assert sorted(ledger.limbo({"r": later})["r"][0]) == ["b", "c"]
 
 
 def test_publishing_again_is_a_move(ledger: Ledger) -> None:
@@ -249,7 +249,7 @@ def test_publishing_again_is_a_move(ledger: Ledger) -> None:
 def test_who_still_runs_a_step_of_a_run_that_was_given_up_is_refused(ledger: Ledger) -> None:
     start(ledger, "r", step("a"), step("b", "a"), step("c"))
     taken = take(ledger, "r", "a")
-    assert ledger.give_up("r", {"type": "RunLost"}) == ["^ended"]
+    assert ledger.give_up("r", {"type": "RunLost"}) == ["^close"]
     ledger.log("r", "a", 1, "text")
     assert ledger.renew([("r", "a", taken.fence)])[0] == {("r", "a")}
     assert ledger.complete("r", taken, "succeeded", how=HOW, inline="default").verdict == "refused"
@@ -266,14 +266,14 @@ def test_of_a_fan_out_the_parts_are_known_that_nobody_has_begun(ledger: Ledger) 
     ledger.clear("r", parts)
     version = idle(ledger, "r")
     assert version is not None
-    assert sorted(ledger.limbo("r", version)) == ["f/0-3", "f/3-6", "f/6-7"]
+    assert sorted(ledger.limbo({"r": version})["r"][0]) == ["f/0-3", "f/3-6", "f/6-7"]
     part = take(ledger, "r", "f/3-6")
     given = ledger.give_back("r", part.unit, part.fence, 1)
     ledger.clear("r", given)
     ledger.complete("r", part, "succeeded", payload="1", how=HOW, inline="")
     version = idle(ledger, "r")
     assert version is not None
-    assert sorted(ledger.limbo("r", version)) == ["f/0-3", "f/4-5", "f/5-6", "f/6-7"]
+    assert sorted(ledger.limbo({"r": version})["r"][0]) == ["f/0-3", "f/4-5", "f/5-6", "f/6-7"]
 
 
 def test_a_run_that_waits_for_another_run_is_not_in_limbo(ledger: Ledger) -> None:
@@ -281,7 +281,7 @@ def test_a_run_that_waits_for_another_run_is_not_in_limbo(ledger: Ledger) -> Non
     ledger.complete("r", take(ledger, "r", "a"), "waiting", payload="child", how=HOW, inline="")
     version = idle(ledger, "r")
     assert version is not None
-    assert ledger.limbo("r", version) == []
+    assert ledger.limbo({"r": version})["r"][0] == []
 
 
 def test_a_run_that_is_given_up_has_failed_once(engine: Engine, ledger: Ledger) -> None:
@@ -526,7 +526,7 @@ def test_after_its_end_every_key_of_a_run_has_a_ttl(ledger: Ledger) -> None:
     g = take(ledger, "r", "g")
     end = ledger.complete("r", g, "succeeded", how=HOW, inline="default").taken
     assert end is not None
-    assert ledger.finish("r", end, "succeeded", payload="1", error="").publish == ("^ended",)
+    assert ledger.finish("r", end, "succeeded", payload="1", error="").publish == ("^close",)
     assert ledger.finish("r", end, "failed", payload="1", error="").verdict == "done"
     # A process that woke up late leaves nothing behind either.
     ledger.complete("r", g, "failed", how=HOW, inline="default")
@@ -644,7 +644,7 @@ def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed
             version = idle(ledger, run)
             if version is None:
                 break
-            queue += ledger.limbo(run, version)
+            queue += ledger.limbo({run: version})[run][0]
             assert queue, "idle, and nothing is in limbo"
             continue
         unit = queue.pop(chance.randrange(len(queue)))

@@ -199,9 +199,13 @@ def runs(engine: Engine, letters: DeadLetters) -> Runs:
 
 
 @pytest.fixture
-def redrive(engine: Engine, letters: DeadLetters, runs: Runs) -> Callable[..., Summary]:
+def redrive(
+    engine: Engine, letters: DeadLetters, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Summary]:
+    monkeypatch.setattr("orchestrator.redrive.redrive_run", runs.redrive)
+
     def do(which: Filter | None = None, **options: Any) -> Summary:
-        return Redrive(engine, letters, runs.redrive, Options(**options)).run(letters.all(which))
+        return Redrive(engine, letters, Options(**options)).run(letters.all(which))
 
     return do
 

@@ -289,7 +289,7 @@ def test_a_child_between_two_items_is_not_taken_for_one_that_was_taken_over(
 
     def note(fence: int, index: int) -> None:
         now = time.monotonic()
-        slots.write(0, fence=fence, attempt=1, index=index, run="r", unit=taken.unit, unit_since=now)
+        slots.write(0, fence=fence, attempt=1, tries=1, index=index, run="r", unit=taken.unit, unit_since=now)
 
     watch = Watch(engine, slots, Identity("w", ""))
     note(taken.fence, 0)
@@ -318,7 +318,7 @@ def test_a_bad_run_does_not_cost_the_others_their_leases(engine: Engine) -> None
         assert engine.start(run, plan, event={}, params={})
         taken = engine.ledger.begin(run, ["a"], How('{"worker":"w"', lease_ms=1)).taken
         assert taken is not None
-        slots.write(slot, fence=taken.fence, attempt=1, index=-1, run=run, unit="a", unit_since=0.0)
+        slots.write(slot, fence=taken.fence, attempt=1, tries=1, index=-1, run=run, unit="a", unit_since=0.0)
     engine.ledger.client.set("orchestrator:{bad}:leases", "no sorted set")
     Watch(engine, slots, Identity("w", "")).round(time.monotonic())
     seconds, _ = engine.ledger.client.time()
@@ -531,3 +531,36 @@ def test_leases_that_ran_out_while_nobody_looked_are_left_to_the_living_for_a_wh
     wait_until(rescuer.round, "nobody has renewed it", 10)
     assert time.monotonic() - began >= 1.5
     rescuer.stop()
+
+
+def test_who_only_waits_for_its_time_is_not_looked_at_and_found_all_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.of(Workflow(name="w", steps=(step("a"), step("b", "echo", "a"))))
+    engine.ledger.put_plan(plan)
+    for run in ("sleeps", "wakes", "is_cancelled"):
+        assert engine.start(run, plan, event={}, params={})
+        taken = engine.ledger.begin(run, ["a"], HOW).taken
+        assert taken is not None
+        engine.ledger.complete(run, taken, "retrying", delay_ms=60_000, how=HOW, inline="")
+    rescuer = Rescuer(engine)
+    looked: list[str] = []
+    look = rescuer._engine.ledger.look
+
+    def note(runs: Sequence[str], *rest: int) -> tuple[list[str], dict[str, str]]:
+        looked.extend(runs)
+        return look(runs, *rest)
+
+    monkeypatch.setattr(rescuer._engine.ledger, "look", note)
+    for _ in range(3):
+        rescuer.round()
+    looked.clear()
+    rescuer.round()
+    assert looked == []
+    engine.ledger.client.zadd(keys.run_key("wakes", "timers"), {"a": 1})
+    engine.ledger.client.zadd(keys.TIMERS, {"wakes": 1})
+    engine.ledger.due(engine.ledger.now_ms(), 10)
+    engine.ledger.cancel("is_cancelled")
+    rescuer.round()
+    assert sorted(looked) == ["is_cancelled", "wakes"]
+    assert engine.ledger.client.hget(keys.run_key("wakes", "states"), "a") == "queued"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,9 @@ def test_one_failed_takes_a_failure_up(place: Place) -> None:
 
 def test_context_says_where_one_is(place: Place) -> None:
     run = place.run(workflow(step("t", "talk", foreach=[0], with_={})))
-    assert run.output == [
-        {"run": run.id, "step": "t", "attempt": 1, "index": 0, "event": "e1", "key": f"{run.id}/t/0", "deadline": None}
-    ]
+    (told,) = run.output
+    assert datetime.now(UTC) < datetime.fromisoformat(told.pop("deadline")) < datetime.now(UTC) + timedelta(days=1)
+    assert told == {"run": run.id, "step": "t", "attempt": 1, "index": 0, "event": "e1", "key": f"{run.id}/t/0"}
 
 
 def test_what_a_step_prints_and_logs_is_kept(place: Place) -> None:

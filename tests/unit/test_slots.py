@@ -6,7 +6,7 @@ import threading
 
 from billiard import get_context
 
-from workers.slots import Slots
+from workers.slots import Exit, Slots, Stop, Work
 
 fork_context = get_context("fork")  # as Celery starts its children
 
@@ -22,7 +22,8 @@ def test_what_a_child_writes_the_parent_reads() -> None:
     assert child.exitcode == 0
     work = slots.read(1)
     assert work is not None
-    assert (work.pid, work.fence, work.attempt, work.index, work.run, work.unit) == (child.pid, 7, 2, -1, "r", "ünit")
+    assert (work.pid, work.fence, work.attempt, work.tries, work.index) == (child.pid, 7, 2, 1, -1)
+    assert (work.run, work.unit, work.step, work.slot) == ("r", "ünit", "ünit", "ünit")
     slots.clear(1)
     assert slots.read(1) is None
     slots.close()
@@ -30,7 +31,64 @@ def test_what_a_child_writes_the_parent_reads() -> None:
 
 def _write_and_die(slots: Slots) -> None:
     assert slots.is_draining
-    slots.write(1, fence=7, attempt=2, index=-1, run="r", unit="ünit", unit_since=1.5)
+    slots.write(1, fence=7, attempt=2, tries=1, index=-1, run="r", unit="ünit", unit_since=1.5)
+
+
+def note(slots: Slots, index: int = -1, unit: str = "a") -> None:
+    slots.write(0, fence=1, attempt=1, tries=1, index=index, run="r", unit=unit, unit_since=0.0)
+
+
+def read(slots: Slots) -> Work:
+    work = slots.read(0)
+    assert work is not None
+    return work
+
+
+def test_a_deadline_is_there_while_the_function_is_called_and_only_for_it() -> None:
+    slots = Slots(1)
+    note(slots)
+    assert read(slots).deadline == 0.0
+    number = slots.enter(0, 12.5)
+    assert (read(slots).deadline, read(slots).sequence) == (12.5, number)
+    slots.leave(0)
+    assert read(slots).deadline == 0.0
+    slots.enter(0, 12.5)
+    note(slots)  # what comes next, should the child not get to leave
+    assert read(slots).deadline == 0.0
+    slots.close()
+
+
+def test_an_interrupt_is_for_one_item_of_one_run() -> None:
+    slots = Slots(1)
+    note(slots, 0, "f/0-2")
+    first = slots.enter(0, 1.0)
+    slots.interrupt(0, first, Stop.TIMEOUT)
+    assert slots.interrupt_of(0, first) is Stop.TIMEOUT
+    assert not read(slots).is_heeded
+    slots.heed(0, first)
+    assert read(slots).is_heeded
+    slots.leave(0)
+    note(slots, 1, "f/0-2")
+    second = slots.enter(0, 1.0)
+    assert slots.interrupt_of(0, second) is None
+    assert not read(slots).is_heeded
+    # Another run may have the same fence, the same step and the same process; its number is its own.
+    slots.clear(0)
+    note(slots, 1, "f/0-2")
+    assert slots.interrupt_of(0, slots.enter(0, 1.0)) is None
+    slots.interrupt(0, second, Stop.CANCEL)
+    assert slots.interrupt_of(0, second) is Stop.CANCEL
+    assert slots.interrupt_of(0, first) is None
+    slots.close()
+
+
+def test_how_a_child_has_ended_is_said_of_that_child() -> None:
+    slots = Slots(2)
+    slots.note_exit(1, 4711, Exit(-9, is_out_of_memory=True))
+    assert slots.exit_of(1, 4711) == Exit(-9, is_out_of_memory=True)
+    assert slots.exit_of(1, 4712) is None
+    assert slots.exit_of(0, 4711) is None
+    slots.close()
 
 
 def test_a_reader_never_sees_half_of_a_write() -> None:
@@ -41,16 +99,20 @@ def test_a_reader_never_sees_half_of_a_write() -> None:
         n = 0
         while not stop.is_set():
             n = n % 50 + 1
-            slots.write(0, fence=n, attempt=n, index=n, run="r" * n, unit="u" * n, unit_since=0.0)
+            slots.write(0, fence=n, attempt=n, tries=n, index=n, run="r" * n, unit="u" * n, unit_since=0.0)
+            slots.enter(0, float(n))
+            slots.leave(0)
 
     writer = threading.Thread(target=write)
     writer.start()
-    seen = 0
-    while seen < 3000:
+    seen = called = 0
+    while seen < 3000 or not called:
         work = slots.read(0)
         if work is not None:
             seen += 1
-            assert work.fence == work.attempt == work.index == len(work.run) == len(work.unit)
+            assert work.fence == work.attempt == work.tries == work.index == len(work.run) == len(work.unit)
+            assert work.deadline in (0.0, work.fence)
+            called += work.deadline != 0.0
     stop.set()
     writer.join()
     slots.close()
