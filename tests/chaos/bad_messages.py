@@ -177,7 +177,8 @@ def _odd(runs: Sequence[str]) -> Iterator[Bad]:
     for run in ("no-such-run", "{x}", "a:b", "*", *runs):
         for args in ([run, "no-such-step"], [run, END], [run, "^ended"], [run, "!a"], [run, "~a"], [run, "$deadline"],
                      [run, "a/b"], [run, "a", 0, 1], [run, "f", 0, 2**31 - 1], [run, "f", 2**30, 2**30 + 1],
-                     [run, "f/0-2"], [run, "g", 0, 1], [run, "n:f"]):  # fmt: skip
+                     [run, "f/0-2"], [run, "g", 0, 1],
+                     [run, "f/0"], [run, "n:f"], [run, "d:f"], [run, "u:b"], [run, "w:a"]):  # fmt: skip
             yield Bad(json.dumps([args, {}, {"chain": None}]).encode(), OURS, odd=True)
         chain = [{"task": STEP_TASK, "args": [run, name]} for name in ("c", "no", "a")]
         yield Bad(json.dumps([[run, "b"], {}, {"chain": chain}]).encode(), OURS, odd=True)
@@ -250,14 +251,18 @@ def by_hypothesis(count: int, seed: int, *, parts_only: bool) -> list[Bad]:
 def messages(
     count: int, seed: int, mark: str, queues: Sequence[str], runs: Sequence[str] = (), *, for_amqp: bool = False
 ) -> Iterator[tuple[str, Bad]]:
-    """Yield so many with their queue, in an order by chance: those by hand for every queue (what is large for one),
-    hypothesis's, and more that are made of these.
+    """Yield so many with their queue, in an order by chance: those by hand for every queue (what is large or odd for
+    one), hypothesis's, and more that are made of these.
 
     `for_amqp`: only those for which AMQP has words.
     """
     chance = random.Random(seed)
     hand = [bad for bad in by_hand(mark, runs) if is_amqp(bad) or not for_amqp]
-    first = [(queue, bad) for bad in hand for queue in (queues if _size(bad) < _BIG else [chance.choice(queues)])]
+    first = [
+        (queue, bad)
+        for bad in hand
+        for queue in (queues if _size(bad) < _BIG and not bad.odd else [chance.choice(queues)])
+    ]
     made = by_hypothesis(max(100, min(_POOL, count - len(first))), seed, parts_only=for_amqp)
     made = [bad for bad in made if is_amqp(bad) or not for_amqp]
     first = [*first, *((chance.choice(queues), bad) for bad in made)][:count]
