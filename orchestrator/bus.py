@@ -16,7 +16,7 @@ from kombu import Consumer, Queue
 from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, HEARTBEAT_S, broker_errors, publishing
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
-from orchestrator.messages import body_of
+from orchestrator.messages import body_of, keep_bytes
 from orchestrator.settings import mask_url
 from orchestrator.telemetry import Outage, get_logger
 
@@ -71,8 +71,9 @@ class EventBus:
             try:
                 with self._app.connection_for_read(heartbeat=HEARTBEAT_S) as connection:
                     connection.ensure_connection(max_retries=1, timeout=2)
+                    channel = keep_bytes(connection.channel())
                     consumer = Consumer(
-                        connection.channel(), [_QUEUE], on_message=receive, prefetch_count=_PREFETCH, accept=["json"]
+                        channel, [_QUEUE], on_message=receive, prefetch_count=_PREFETCH, accept=["json"]
                     )
                     # Else kombu raises, and the message that it cannot unpack is the first one for ever.
                     consumer.on_decode_error = lambda message, _: receive(message)

@@ -25,6 +25,12 @@ _ITEMS = 2**31
 _NOT_FOR_STEPS = ("callbacks", "errbacks", "chord")
 
 
+def keep_bytes(channel: Any) -> Any:
+    """Have a channel give bodies as they came; AMQP's client decodes them otherwise, which cannot always be undone."""
+    channel.auto_decode = False
+    return channel
+
+
 def bytes_of(message: Any) -> bytes:
     """Return a message as it was published; where the broker's client does not keep that, an envelope of its parts."""
     delivery = getattr(message, "delivery", None)

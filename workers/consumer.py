@@ -14,7 +14,7 @@ from celery.worker.state import maybe_shutdown
 
 from orchestrator.engine import now_ms
 from orchestrator.ledger import Ledger
-from orchestrator.messages import bytes_of, fault_of
+from orchestrator.messages import bytes_of, fault_of, keep_bytes
 from orchestrator.telemetry import Outage, get_logger
 
 log = get_logger(__name__)
@@ -89,6 +89,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
             interval_max=longest,
             callback=maybe_shutdown,
         )
+        keep_bytes(conn.default_channel)
         return conn
 
     def on_ready(self) -> None:

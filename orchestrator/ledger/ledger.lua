@@ -468,6 +468,8 @@ function verbs.begin()
     if not done then
       if not lo then
         if not call('HGET', STATES, unit) then return { 'early' } end
+        -- no unit, but a field or an item that somebody has named in a message
+        if unit ~= END and call('HEXISTS', GRAPH, unit) == 0 then return { 'early' } end
         -- expanded, or waiting for a nested run or for its time: others go on with it
         if call('HEXISTS', STATES, 'n:' .. unit) == 1 or call('HEXISTS', STATES, 'w:' .. unit) == 1 then
           return { 'done' }

@@ -118,6 +118,20 @@ def test_a_link_whose_upstream_has_not_ended_is_not_begun(ledger: Ledger) -> Non
     assert ledger.begin("r", ["b"], HOW).verdict == "early"
 
 
+def test_what_is_no_unit_is_not_begun(ledger: Ledger) -> None:
+    """Somebody has named a field or an item of the run in a message; the run goes on."""
+    start(ledger, "r", step("f", foreach=[0, 1]))
+    answer = ledger.expand(
+        "r", take(ledger, "r", "f"), 2, size=2, max_parallel=0, per=2, chunks=["[0,1]"], how=HOW, inline=""
+    )
+    taken = take(ledger, "r", *answer.publish)
+    for unit in ("n:f", "d:f", "b:f", "f/0", "w:f", "nope"):
+        assert ledger.begin("r", [unit], HOW).verdict == "early"
+    assert ledger.renew([("r", taken.unit, taken.fence)]) == (set(), set())
+    assert ledger.client.zrange(keys.run_key("r", "leases"), 0, -1) == [taken.unit]
+    assert ledger.sweep("r")[1] == []
+
+
 def test_an_unknown_run_is_told(ledger: Ledger) -> None:
     assert ledger.begin("nobody", ["a"], HOW).verdict == "unknown"
 
