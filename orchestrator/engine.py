@@ -143,7 +143,7 @@ class Engine:
             self._resolve(where["run"], where["step"], where["index"], where.get("attempt", 1), run)
 
     def _see_to_child(self, run: str, slot: str, *, cancel: bool) -> None:
-        """Look after the nested run of a slot: cancel it, also if the slot waits no longer, or note how it has ended."""
+        """Look after the nested run of a slot: cancel it, also if the slot waits no more, or note how it has ended."""
         step, _, index = slot.partition("/")
         attempt = self.ledger.attempts_of(run, slot)[0]
         child, is_known = self.ledger.child_of(run, slot), True
