@@ -345,14 +345,13 @@ def _reopen(
     if waiting is not None:
         parent = _lift(engine, run, waiting)
     reopening = choice.to_json(record, run_input if run_input is not None else record.fields["input"], parent)
-    letters = engine.dead_letters.of(run, list(_failed(record, reopening)))
+    reopening["failed"] = list(_failed(record, reopening))
     engine.ledger.index(run, int(record.fields["created_at"]))
     answer = engine.ledger.reopen(run, record.episode, reopening)
     if answer.verdict == "unknown":
         raise NotFoundError(f"run {run} is past its retention")
     if answer.verdict != "ok":
         raise InFlightError(f"run {run} is going on already: somebody was faster")
-    engine.dead_letters.forget(letters)
     engine.publish(run, answer.publish, plan=plan or record.plan)
     for slot, child in choice.waits.items() if with_children else ():
         _resume_child(engine, run, slot, child)
@@ -362,8 +361,9 @@ def _reopen(
 
 
 def _failed(record: _Record, reopening: Mapping[str, Any]) -> Iterable[str]:
-    """Return the slots that had failed and run again."""
-    for step in (*reopening["reset"], *reopening["gone"]):
+    """Return the slots that had failed and run again, or are hooks, or gone: they are dead letters no longer."""
+    hooks = (step for step in record.plan.steps if step not in record.plan.main)
+    for step in dict.fromkeys((*reopening["reset"], *reopening["gone"], *hooks)):
         slots = [step, *(f"{step}/{index}" for index in range(int(record.states.get(f"n:{step}", 0))))]
         yield from (slot for slot in slots if record.states.get(slot) == "failed")
     for step, how in reopening["items"].items():

@@ -31,9 +31,9 @@ chunk, payload of a chunk: the list that `foreach` gave | | | again:step | items
 episode | | logs | slot@attempt | captured text |
 
 Chores in the outbox (engine.py does them): `!slot` a step that will not be tried again is to be made known as a dead
-letter; `^ended` whoever waits for this run is to be told; `^close` (never in the outbox) it has ended and that is all;
-`^cancel:slot` the nested run of a slot is to be cancelled;
-`^await:slot` the nested run of a slot may have ended before the slot waited for it again.
+letter, or, if it runs again, to be one no longer; `^ended` whoever waits for this run is to be told; `^close` (never in
+the outbox) it has ended and that is all; `^cancel:slot` the nested run of a slot is to be cancelled; `^await:slot` the
+nested run of a slot may have ended before the slot waited for it again.
 """
 
 from __future__ import annotations

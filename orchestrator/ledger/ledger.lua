@@ -938,8 +938,9 @@ local function recount() -- what has ended, for the joins below it; answers how 
 end
 
 -- reopen: the episode that has ended, JSON {plan, input, graph or null, reset: [step], gone: [step], items: {step: how},
--- waits: {step: child}, mended: {slot: payload}, timeout_ms, parent or null}. Opens the next episode of a run in which
--- the steps of `reset`, and items, run again; they have to be closed under "is downstream of".
+-- waits: {step: child}, mended: {slot: payload}, failed: [slot that is a dead letter no longer], timeout_ms, parent or
+-- null}. Opens the next episode of a run in which the steps of `reset`, and items, run again; they have to be closed
+-- under "is downstream of".
 function verbs.reopen()
   local fields = call('HMGET', RUN, 'state', 'episode')
   if not fields[1] then return { 'unknown' } end
@@ -977,6 +978,10 @@ function verbs.reopen()
     reopen_items(step, items, ready)
   end
   for slot, payload in pairs(how.mended) do call('HSET', ATTEMPTS, slot .. '#m', payload) end
+  for _, slot in ipairs(how.failed) do
+    call('ZADD', OUTBOX, NOW, '!' .. slot)
+    ready[#ready + 1] = '!' .. slot
+  end
   call('HSET', RUN, 'left', int(recount()))
   if call('HGET', RUN, 'left') == '0' then
     end_phase(ready)

@@ -321,6 +321,33 @@ def test_a_redriven_step_goes_on_in_its_own_run(engine: Engine, ledger: Ledger) 
     assert (run.episode, run.error) == (2, None)
 
 
+def test_what_runs_again_is_a_dead_letter_no_longer_hooks_too(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    do(engine, "r", "a", "failed")
+    do(engine, "r", END, "failed")
+    do(engine, "r", "clean", "failed")
+    assert {letter.slot for letter in engine.dead_letters.all()} == {"a", "clean"}
+    resume(engine, "r")
+    assert list(engine.dead_letters.all()) == []
+
+
+def test_who_dies_while_it_opens_an_episode_leaves_no_dead_letter(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_b(engine, "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "publish", _die)
+        with pytest.raises(KeyboardInterrupt):
+            redrive(engine, "r", {"b": None})
+    assert [letter.slot for letter in engine.dead_letters.all()] == ["b"]
+    engine.publish("r", ledger.sweep("r", 0)[1])
+    assert list(engine.dead_letters.all()) == []
+
+
+def _die(*_given: Any, **_options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_of_two_who_do_the_same_one_has_the_effect(engine: Engine) -> None:
     fail_at_b(engine, "r")
     redrive(engine, "r", {"b": None})
@@ -458,7 +485,7 @@ def test_who_died_between_the_runs_leaves_none_waiting_for_ever(engine: Engine, 
     do(engine, "top", END, "failed")
     reopening = {
         "plan": plan.hash, "input": "{}", "graph": None, "reset": [], "gone": [], "items": {}, "waits": {"n": "leaf"},
-        "mended": {}, "timeout_ms": 0, "parent": None, "hooks": False,
+        "mended": {}, "failed": [], "timeout_ms": 0, "parent": None, "hooks": False,
     }  # fmt: skip
     assert ledger.reopen("top", 1, reopening).verdict == "ok"  # and here whoever did it has died
     for row in ledger.sweep("top", -1)[1]:
