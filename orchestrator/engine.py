@@ -23,7 +23,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
-from orchestrator.runs import RunState
+from orchestrator.runs import RunState, child_run_id
 from orchestrator.settings import Settings, mask_url
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
@@ -140,8 +140,15 @@ class Engine:
             self._resolve(where["run"], where["step"], where["index"], where["attempt"], run)
 
     def _see_to_child(self, run: str, slot: str, *, cancel: bool) -> None:
-        """Look after the nested run that a slot waits for: cancel it, or take note if it has ended."""
+        """Look after the nested run that a slot waits for: cancel it, or take note if it has ended.
+
+        To be cancelled is also what was started by somebody who died before he could say so.
+        """
         child = self.ledger.child_of(run, slot)
+        step, _, index = slot.partition("/")
+        if not child and cancel:
+            attempt = self.ledger.attempts_of(run, slot)[0]
+            child = child_run_id(run, step, int(index) if index else None, attempt)
         if not child:
             return
         state = self.ledger.outcome(child)[0]
@@ -149,7 +156,6 @@ class Engine:
             if cancel:
                 self.cancel(child)
             return
-        step, _, index = slot.partition("/")
         self._resolve(run, step, int(index or -1), self.ledger.attempts_of(run, slot)[0], child)
 
     def _resolve(self, run: str, step: str, index: int, attempt: int, child: str) -> None:

@@ -176,7 +176,7 @@ class Plan:
         """Per step, what the ledger needs of it, as JSON: [pool, rule, upstreams, [downstream], [read], flags, phase].
 
         `pool` is `*` where any may take it; `read` names the steps whose output or state the step's expressions read;
-        flags: f = fan-out; phase is empty for the main steps.
+        flags: f = fan-out, w = starts nested runs; phase is empty for the main steps.
         """
         rows = {
             step_id: _dump(
@@ -186,7 +186,7 @@ class Plan:
                     len(self.upstream[step_id]),
                     list(self.downstream[step_id]),
                     sorted(self.reads[step_id].step_ids),
-                    "f" if step.is_fan_out else "",
+                    ("f" if step.is_fan_out else "") + ("w" if step.workflow is not None else ""),
                     "" if step.phase is Phase.STEPS else str(step.phase),
                 ]
             )

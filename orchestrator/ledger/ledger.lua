@@ -723,7 +723,12 @@ local function lose(unit, reason, ready)
   call('HINCRBY', ATTEMPTS, slot .. '#l', 1)
   if is_stopping() and slot ~= END then
     local step, index = string.match(slot, '^(.-)/(%d+)$')
-    end_slot(step or slot, tonumber(index or -1), 'cancelled', '', ready)
+    if string.find(graph(step or slot)[6], 'w') then -- it may have started a nested run, which is to be cancelled then
+      call('ZADD', OUTBOX, NOW, '^cancel:' .. slot)
+      ready[#ready + 1] = '^cancel:' .. slot
+    else
+      end_slot(step or slot, tonumber(index or -1), 'cancelled', '', ready)
+    end
   else
     ready[#ready + 1] = unit
   end

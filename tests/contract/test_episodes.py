@@ -22,6 +22,7 @@ from orchestrator.ledger.ledger import How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.resume import InFlightError, check, redrive, rerun, resume
+from orchestrator.runs import child_run_id
 from orchestrator.workflows import END, Phase, Step, Workflow
 
 HOW = How('{"worker": "w"')
@@ -281,6 +282,23 @@ def test_a_nested_run_that_was_being_started_is_cancelled_too(engine: Engine, le
     engine.start("child", plan, event={}, params={}, parent={"run": "parent", "step": "n", "index": -1, "attempt": 1})
     engine.publish("parent", ledger.complete("parent", taken, "waiting", payload="child", how=HOW, inline="").publish)
     assert (state(ledger, "child"), state(ledger, "parent")) == ("cancelled", "cancelled")
+
+
+@pytest.mark.parametrize("is_started", [True, False])
+def test_a_nested_run_whose_starter_died_before_it_could_say_so_is_cancelled_too(
+    engine: Engine, ledger: Ledger, is_started: bool
+) -> None:
+    inner = start(engine, "other", step("a"))
+    start(engine, "top", Step(id="n", workflow="w"))
+    take(ledger, "top", "n", How('{"worker": "w"', lease_ms=1))
+    child = child_run_id("top", "n", None, 1)
+    if is_started:
+        parent = {"run": "top", "step": "n", "index": -1, "attempt": 1}
+        engine.start(child, inner, event={}, params={}, parent=parent)
+    engine.cancel("top")
+    time.sleep(0.005)
+    engine.repair("top")
+    assert (state(ledger, child), state(ledger, "top")) == ("cancelled" if is_started else "", "cancelled")
 
 
 def test_a_second_cancel_ends_the_hooks_too(engine: Engine, ledger: Ledger) -> None:
