@@ -6,19 +6,24 @@ not change any more; the ledger opens the next one only if that is still the las
 once one has the effect, and the other is told.
 
 A nested run takes the run that waits for it along, and a resumed run the nested ones that have failed.
+
+Everything here raises UnavailableError if the server is away; then it may have had its effect, or not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import redis
 
 from orchestrator.engine import Engine
 from orchestrator.errors import InFlightError, InputError, NotFoundError
 from orchestrator.events import MANUAL
 from orchestrator.ledger import keys
+from orchestrator.ledger.ledger import unavailable
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState, rerun_id
 from orchestrator.workflows import Step
@@ -117,7 +122,7 @@ def rerun(engine: Engine, run: str) -> str:
     Of two at the same moment one has the effect. Raises NotFoundError, InputError (the event does not fit the
     definition, or the run is nested).
     """
-    fields = engine.ledger.client.hgetall(keys.run_key(run, "run"))
+    fields = _ask(engine, lambda client: client.hgetall(keys.run_key(run, "run")))
     if not fields:
         raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
     if fields.get("parent"):
@@ -129,19 +134,26 @@ def rerun(engine: Engine, run: str) -> str:
     params = plan.workflow.resolve_params(given, event)
     new = rerun_id(run, number)
     engine.start(new, plan, event=event, params=params)
-    engine.ledger.client.hset(keys.run_key(run, "run"), "reruns", number)
+    _ask(engine, lambda client: client.hset(keys.run_key(run, "run"), "reruns", number))
     return new
+
+
+def _ask(engine: Engine, command: Callable[[Any], Any]) -> Any:
+    """Ask the server of the ledger. Raises UnavailableError."""
+    try:
+        return command(engine.ledger.client)
+    except redis.RedisError as exc:
+        raise unavailable(engine.ledger.client, exc) from exc
 
 
 class _Record:
     """What is recorded of a run whose episode has ended."""
 
     def __init__(self, engine: Engine, run: str) -> None:
-        client = engine.ledger.client
-        with client.pipeline(transaction=True) as pipe:
+        with engine.ledger.client.pipeline(transaction=True) as pipe:
             pipe.hgetall(keys.run_key(run, "run"))
             pipe.hgetall(keys.run_key(run, "states"))
-            self.fields, self.states = pipe.execute()
+            self.fields, self.states = _ask(engine, lambda _: pipe.execute())
         self.run = run
         if not self.fields:
             raise NotFoundError(f"run {run} is not known, or past its retention; see `orchestrator runs list`")
@@ -321,7 +333,7 @@ def _difference(old: Step, new: Step) -> list[str]:
 
 
 def _can_go_on(engine: Engine, child: str) -> bool:
-    state, left = engine.ledger.client.hmget(keys.run_key(child, "run"), "state", "left")
+    state, left = _ask(engine, lambda client: client.hmget(keys.run_key(child, "run"), "state", "left"))
     return left is not None and state in _AGAIN
 
 

@@ -16,14 +16,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orchestrator.engine import Engine
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, UnavailableError
 from orchestrator.ledger import Answer, Ledger, Taken, keys
 from orchestrator.ledger.ledger import How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.resume import InFlightError, check, redrive, rerun, resume
 from orchestrator.runs import child_run_id
+from orchestrator.settings import Settings
 from orchestrator.workflows import END, Phase, Step, Workflow
+from tests.conftest import Server
 
 HOW = How('{"worker": "w"')
 ERROR = ',"error":{"type":"Boom","message":"no","fingerprint":"f"}'
@@ -337,6 +339,14 @@ def test_a_redriven_step_goes_on_in_its_own_run(engine: Engine, ledger: Ledger) 
     assert state(ledger, "r") == "succeeded"
     run = Queries(ledger, engine.payloads).run("r")
     assert (run.episode, run.error) == (2, None)
+
+
+def test_a_server_that_is_away_is_said_to_be(settings: Settings, own_server: Server) -> None:
+    engine = Engine(settings.evolve(broker_url=own_server.url, ledger_url=own_server.url), patience_s=0.0)
+    own_server.stop()
+    for go_on in (resume, rerun, lambda engine, run: redrive(engine, run, {"a": None})):
+        with pytest.raises(UnavailableError, match="cannot be used"):
+            go_on(engine, "r")
 
 
 def test_what_runs_again_is_a_dead_letter_no_longer_hooks_too(engine: Engine, ledger: Ledger) -> None:
