@@ -670,11 +670,14 @@ local function stop(cause, ready)
   end
 end
 
--- cancel: answers as complete; done: the run is not in flight, or being cancelled already.
+-- cancel: id of the request. Answers as complete; done: the run is not in flight, or being cancelled already.
 function verbs.cancel()
   if not is_in_flight() then return { 'done', {}, {} } end
+  if call('HGET', RUN, 'cancel_id') == ARGV[2] then -- the answer was lost
+    return { 'ok', {}, call('ZRANGE', OUTBOX, 0, -1) }
+  end
   if is_stopping() == 'cancelled' then return { 'done', {}, {} } end
-  call('HSET', RUN, 'cancel_requested', NOW_S)
+  call('HSET', RUN, 'cancel_requested', NOW_S, 'cancel_id', ARGV[2])
   local ready = {}
   if is_stopping() then
     call('HSET', RUN, 'stopping', 'cancelled') -- all is being stopped already: only what it is called changes
@@ -954,7 +957,7 @@ function verbs.reopen()
   local how = cjson.decode(ARGV[3])
   for _, key in ipairs(KEYS) do call('PERSIST', key) end
   call('HDEL', RUN, 'finished_at', 'output', 'error', 'end_state', 'end_output', 'end_error', 'hook_failed', 'stopping',
-    'cancel_requested', 'deadline')
+    'cancel_requested', 'cancel_id', 'deadline')
   call('HSET', RUN, 'state', 'running', 'phase', '', 'episode', int(tonumber(fields[2]) + 1),
     'plan', how.plan, 'input', how.input)
   if how.hooks then call('HSET', RUN, 'hooks', '1') end

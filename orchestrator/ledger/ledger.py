@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -390,11 +391,12 @@ class Ledger:
         return _answer(self._call(run, "finish", taken.fence, state, payload, error))
 
     def cancel(self, run: str) -> Answer:
-        """Have nothing further of a run begin, and what is in work be told to stop; durable and idempotent.
+        """Have nothing further of a run begin, and what is in work be told to stop; durable.
 
-        Verdicts: ok, done (it has ended, or is being cancelled already).
+        A second cancel ends the hooks too. Verdicts: ok, done (it has ended, or is being cancelled already).
         """
-        answer = self._call(run, "cancel")
+        # With an id, for the client asks again by itself when an answer is lost, and that is no second cancel.
+        answer = self._call(run, "cancel", uuid.uuid4().hex)
         if answer[0] == "ok":
             self._expect(run, 0)  # whoever looks at what is due finds a run that is no longer as it was
         return _answer(answer)

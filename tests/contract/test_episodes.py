@@ -303,6 +303,24 @@ def test_a_nested_run_whose_starter_died_before_it_could_say_so_is_cancelled_too
     assert (state(ledger, child), state(ledger, "top")) == ("cancelled" if is_started else "", "cancelled")
 
 
+def test_a_cancel_whose_answer_was_lost_is_not_a_second_one(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    script = ledger._script
+
+    def asked_again(**call: Any) -> Any:  # as the client does by itself
+        script(**call)
+        return script(**call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_script", asked_again)
+        answer = ledger.cancel("r")
+    assert (answer.verdict, answer.publish) == ("ok", ("clean",))
+    do(engine, "r", "clean")
+    assert (state(ledger, "r"), states(ledger, "r")["clean"]) == ("cancelled", "succeeded")
+
+
 def test_a_second_cancel_ends_the_hooks_too(engine: Engine, ledger: Ledger) -> None:
     start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY), step("late", "clean", phase=Phase.FINALLY))
     engine.cancel("r")
