@@ -11,8 +11,9 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
 | | hooks | whether there are steps of on_failure or finally |
 | | bad end_state end_output end_error hook_failed | a failed step; what the run comes to when its hooks have ended |
-| | stopping cancel_requested cancel_id | why nothing further of the phase begins (cancelled, timeout) |
+| | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
+| | cancel_id reopen_id | the last request of that kind, which may come twice |
 | | created_at started_at finished_at deadline | ms since the epoch |
 | graph | step | [pool, rule, upstreams, [downstream], [read], flags, phase] (plan.py) |
 | states | slot | state |

@@ -307,18 +307,18 @@ def test_a_cancel_whose_answer_was_lost_is_not_a_second_one(
     engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
-    script = ledger._script
-
-    def asked_again(**call: Any) -> Any:  # as the client does by itself
-        script(**call)
-        return script(**call)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "_script", asked_again)
+        patch.setattr(ledger, "_script", _asked_again(ledger))
         answer = ledger.cancel("r")
     assert (answer.verdict, answer.publish) == ("ok", ("clean",))
     do(engine, "r", "clean")
     assert (state(ledger, "r"), states(ledger, "r")["clean"]) == ("cancelled", "succeeded")
+
+
+def _asked_again(ledger: Ledger) -> Any:
+    """Call the script twice and answer what the second call does, as the client does when an answer is lost."""
+    script = ledger._script
+    return lambda **call: script(**call) and script(**call)
 
 
 def test_a_second_cancel_ends_the_hooks_too(engine: Engine, ledger: Ledger) -> None:
@@ -403,6 +403,16 @@ def test_of_two_who_do_the_same_one_has_the_effect(engine: Engine) -> None:
         resume(engine, "r")
     fail_at_b(engine, "s")
     assert rerun(engine, "s") != "s"
+
+
+def test_who_opened_an_episode_and_lost_the_answer_was_nobody_else(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_b(engine, "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_script", _asked_again(ledger))
+        assert redrive(engine, "r", {"b": None}).episode == 2
+    do(engine, "r", "b")
 
 
 def test_the_items_of_a_fan_out_are_sent_back_alone(engine: Engine, ledger: Ledger) -> None:
