@@ -140,8 +140,8 @@ class _Place:
             (self._work / "stuck.json").write_text(json.dumps(state, indent=1))
         if len(harms) != len(self._scenario.strikes):
             faults["reached"] = [f"only {len(harms)} of {len(self._scenario.strikes)} strikes were made"]
-        seen = checks.gather(load.engine, load.expected(), bodies, harms)
-        faults |= checks.check_all(load.engine, seen)
+        found, seen = checks.check_all(load, bodies, harms)
+        faults |= found
         struck = harms[-1].at if harms else None
         later = [
             e.begin for slots in bodies.values() for es in slots.values() for e in es if struck and e.begin > struck
