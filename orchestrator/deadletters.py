@@ -210,7 +210,8 @@ class DeadLetters:
     def bury(self, run: str, slots: Sequence[str]) -> int:
         """Make dead letters of steps and items (`step/index`) of a run that have finally failed; answers how many.
 
-        What has not failed is left out. Idempotent in an episode; in a later one the letter counts one more.
+        Idempotent in an episode; in a later one the letter counts one more. What has not failed, or runs again, goes
+        off the list.
         """
         return sum(self._bury(run, slots[lo : lo + _SLOTS_AT_ONCE]) for lo in range(0, len(slots), _SLOTS_AT_ONCE))
 
@@ -225,6 +226,7 @@ class DeadLetters:
             pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#l" for slot in slots])
             (workflow, event_id, episode), rows, states, retries, losses = self._do(pipe.execute)
         failed = [n for n, state in enumerate(states) if state == "failed"]
+        self.forget(self._of(run, [slot for slot, state in zip(slots, states, strict=True) if state != "failed"]))
         if not failed:
             return 0
         attempts = {n: 1 + int(retries[n] or 0) for n in failed}
@@ -252,6 +254,12 @@ class DeadLetters:
         if self._do(lambda: self._client.hget(keys.run_key(run, "run"), "episode")) != episode:
             self.forget(letters)  # the run has gone on meanwhile, and who did that could not know of them
         return len(letters)
+
+    def _of(self, run: str, slots: Sequence[str]) -> Sequence[DeadLetter]:
+        """Return the letters that there are, or were, of steps and items of a run."""
+        names = [keys.dead_letter_key(letter_id(run, slot)) for slot in slots]
+        texts = self._do(lambda: self._client.mget(names)) if names else []
+        return [DeadLetter.from_record(text) for text in texts if text]
 
     def _write_steps(self, letters: Sequence[DeadLetter]) -> None:
         """Write the records last: a kill before that has all of it done again."""
@@ -341,17 +349,6 @@ class DeadLetters:
                 if score is None:
                     raise NotFoundError(f"dead letter {one.id} is not on the list any more: it was redriven")
         return found
-
-    def of(self, run: str, slots: Sequence[str]) -> Sequence[DeadLetter]:
-        """Return the letters that there are of these steps and items of a run."""
-        found: dict[str, DeadLetter] = {}
-        for lo in range(0, len(slots), _PAGE):
-            names = [keys.dead_letter_key(letter_id(run, slot)) for slot in slots[lo : lo + _PAGE]]
-            for text in self._do(lambda names=names: self._client.mget(names)):
-                if text:
-                    one = DeadLetter.from_record(text)
-                    found[one.id] = one
-        return list(found.values())
 
     def all(self, which: Filter | None = None, after: str | None = None) -> Iterator[DeadLetter]:
         """Go through the letters that are meant, newest first, in bounded memory.
@@ -564,7 +561,7 @@ def read_entry(entry: bytes, now_ms: int) -> tuple[DeadLetter, bytes]:
         body = json.loads(entry)
         raw, at = body["raw"].encode("latin-1"), int(body["at"])
         reason, detail, queue = str(body["reason"]), str(body.get("detail", "")), str(body.get("queue", ""))
-        "".join((reason, detail, queue)).encode()  # JSON may have surrogates, which nothing can be made of
+        queue.encode()  # JSON may have surrogates, which nothing can be made of
     except Exception:  # noqa: BLE001 -- it may be made of anything
         raw, at, queue = entry, now_ms, ""
         reason, detail = "envelope", f"somebody wrote to {keys.SET_ASIDE} what is no entry of it"

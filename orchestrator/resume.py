@@ -6,6 +6,8 @@ not change any more; the ledger opens the next one only if that is still the las
 once one has the effect, and the other is told.
 
 A nested run takes the run that waits for it along, and a resumed run the nested ones that have failed.
+
+Everything here raises UnavailableError if the server is away; then it may have had its effect, or not.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
+
+import redis
 
 from orchestrator.engine import Engine
 from orchestrator.errors import InFlightError, InputError, NotFoundError
 from orchestrator.events import MANUAL
 from orchestrator.ledger import keys
+from orchestrator.ledger.ledger import unavailable
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState, rerun_id
 from orchestrator.workflows import Step
@@ -126,7 +131,7 @@ def rerun(engine: Engine, run: str) -> str:
     Of two at the same moment one has the effect. Raises NotFoundError, InputError (the event does not fit the
     definition, or the run is nested).
     """
-    fields = engine.ledger.client.hgetall(keys.run_key(run, "run"))
+    fields = _ask(engine, lambda client: client.hgetall(keys.run_key(run, "run")))
     if not fields:
         raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
     if fields.get("parent"):
@@ -138,19 +143,26 @@ def rerun(engine: Engine, run: str) -> str:
     params = plan.workflow.resolve_params(given, event)
     new = rerun_id(run, number)
     engine.start(new, plan, event=event, params=params)
-    engine.ledger.client.hset(keys.run_key(run, "run"), "reruns", number)
+    _ask(engine, lambda client: client.hset(keys.run_key(run, "run"), "reruns", number))
     return new
+
+
+def _ask(engine: Engine, command: Callable[[Any], Any]) -> Any:
+    """Ask the server of the ledger. Raises UnavailableError."""
+    try:
+        return command(engine.ledger.client)
+    except redis.RedisError as exc:
+        raise unavailable(engine.ledger.client, exc) from exc
 
 
 class _Record:
     """What is recorded of a run whose episode has ended."""
 
     def __init__(self, engine: Engine, run: str) -> None:
-        client = engine.ledger.client
-        with client.pipeline(transaction=True) as pipe:
+        with engine.ledger.client.pipeline(transaction=True) as pipe:
             pipe.hgetall(keys.run_key(run, "run"))
             pipe.hgetall(keys.run_key(run, "states"))
-            self.fields, self.states = pipe.execute()
+            self.fields, self.states = _ask(engine, lambda _: pipe.execute())
         self.run = run
         if not self.fields:
             raise NotFoundError(f"run {run} is not known, or past its retention; see `orchestrator runs list`")
@@ -340,7 +352,7 @@ def _difference(old: Step, new: Step) -> list[str]:
 
 
 def _can_go_on(engine: Engine, child: str) -> bool:
-    state, left = engine.ledger.client.hmget(keys.run_key(child, "run"), "state", "left")
+    state, left = _ask(engine, lambda client: client.hmget(keys.run_key(child, "run"), "state", "left"))
     return left is not None and state in _AGAIN
 
 
@@ -366,15 +378,13 @@ def _reopen(
     reopening = choice.to_json(record, run_input if run_input is not None else record.fields["input"], parent)
     if parent is not None:
         reopening["timeout_ms"] = _shorter_ms(reopening["timeout_ms"], engine, json.loads(parent))
+    reopening["failed"] = list(_failed(record, reopening))
     engine.ledger.index(run, int(record.fields["created_at"]))
     answer = engine.ledger.reopen(run, record.episode, reopening)
     if answer.verdict == "unknown":
         raise NotFoundError(f"run {run} is past its retention")
     if answer.verdict != "ok":
         raise InFlightError(f"run {run} is going on already: somebody was faster")
-    # Read now and not before: somebody may have been burying one, which then has seen the new episode, or we see it.
-    letters = engine.dead_letters.of(run, list(_failed(record, reopening)))
-    engine.dead_letters.forget(letter for letter in letters if letter.episode <= record.episode)
     engine.publish(run, answer.publish, plan=plan or record.plan)
     if with_children:
         _resume_children(engine, run, choice.waits)
@@ -384,7 +394,7 @@ def _reopen(
 
 
 def _failed(record: _Record, reopening: Mapping[str, Any]) -> Iterable[str]:
-    """Return the slots that had failed and run again; hooks do in any case."""
+    """Return the slots that had failed and run again, or are hooks, or gone: they are dead letters no longer."""
     hooks = (step for step in record.plan.steps if step not in record.plan.main)
     for step in dict.fromkeys((*reopening["reset"], *reopening["gone"], *hooks)):
         slots = [step, *(f"{step}/{index}" for index in range(int(record.states.get(f"n:{step}", 0))))]

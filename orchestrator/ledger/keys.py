@@ -14,6 +14,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | | end_state end_output end_error | what the run comes to when its hooks have ended |
 | | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
+| | reopen_id | the request that opened the episode, which may come twice |
 | | created_at started_at finished_at deadline | ms since the epoch |
 | graph | step | [pool, rule, upstreams, [downstream], [read], flags, phase] (plan.py) |
 | states | slot | state |
@@ -34,9 +35,9 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | logs | slot@attempt | captured text |
 
 Chores in the outbox (engine.py does them): `!slot` a step that will not be tried again is to be made known as a dead
-letter; `^ended` whoever waits for this run is to be told; `^close` (never in the outbox) it has ended and that is all;
-`^cancel:slot` the nested run of a slot is to be cancelled;
-`^await:slot` the nested run of a slot may have ended before the slot waited for it again.
+letter, or, if it runs again, to be one no longer; `^ended` whoever waits for this run is to be told; `^close` (never in
+the outbox) it has ended and that is all; `^cancel:slot` the nested run of a slot is to be cancelled; `^await:slot` the
+nested run of a slot may have ended before the slot waited for it again.
 """
 
 from __future__ import annotations

@@ -964,19 +964,25 @@ local function recount() -- what has ended, for the joins below it; answers how 
 end
 
 -- reopen: the episode that has ended, JSON {plan, input, graph or null, reset: [step], gone: [step], items: {step: how},
--- waits: {step: child}, mended: {slot: payload}, timeout_ms, parent or null}. Opens the next episode of a run in which
--- the steps of `reset`, and items, run again; they have to be closed under "is downstream of".
+-- waits: {step: child}, mended: {slot: payload}, failed: [slot that is a dead letter no longer], timeout_ms, parent or
+-- null}, id of the request. Opens the next episode of a run in which the steps of `reset`, and items, run again; they
+-- have to be closed under "is downstream of".
 function verbs.reopen()
   local fields = call('HMGET', RUN, 'state', 'episode')
   if not fields[1] then return { 'unknown' } end
-  if is_in_flight() then return { 'in_flight' } end
+  if is_in_flight() then
+    if call('HGET', RUN, 'reopen_id') == ARGV[4] then -- the answer was lost
+      return { 'ok', {}, call('ZRANGE', OUTBOX, 0, -1) }
+    end
+    return { 'in_flight' }
+  end
   if fields[2] ~= ARGV[2] then return { 'changed' } end
   local how = cjson.decode(ARGV[3])
   for _, key in ipairs(KEYS) do call('PERSIST', key) end
   call('HDEL', RUN, 'finished_at', 'output', 'error', 'end_state', 'end_output', 'end_error', 'hook_failed', 'stopping',
     'cancel_requested', 'deadline')
   call('HSET', RUN, 'state', 'running', 'phase', '', 'episode', int(tonumber(fields[2]) + 1),
-    'plan', how.plan, 'input', how.input)
+    'plan', how.plan, 'input', how.input, 'reopen_id', ARGV[4])
   if how.hooks then call('HSET', RUN, 'hooks', '1') end
   if how.parent ~= cjson.null then call('HSET', RUN, 'parent', how.parent) end
   call('DEL', TIMERS, UNITS)
@@ -1003,6 +1009,10 @@ function verbs.reopen()
     reopen_items(step, items, ready)
   end
   for slot, payload in pairs(how.mended) do call('HSET', ATTEMPTS, slot .. '#m', payload) end
+  for _, slot in ipairs(how.failed) do
+    call('ZADD', OUTBOX, NOW, '!' .. slot)
+    ready[#ready + 1] = '!' .. slot
+  end
   call('HSET', RUN, 'left', int(recount()))
   if call('HGET', RUN, 'left') == '0' then
     end_phase(ready)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -427,7 +428,8 @@ class Ledger:
 
         Verdicts: ok, unknown, in_flight, changed (the last episode is another).
         """
-        answer = self._call(run, "reopen", episode, json.dumps(reopening))
+        # With an id, as in `cancel`: who asks again is not somebody who was slower.
+        answer = self._call(run, "reopen", episode, json.dumps(reopening), uuid.uuid4().hex)
         if answer[0] == "ok":
             created = self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "created_at"))
             self.index(run, int(created))

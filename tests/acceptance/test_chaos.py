@@ -26,6 +26,7 @@ def test_everything_ends_although_anything_is_killed(tmp_path: Path) -> None:
     assert sum(report["kills"].values()) == 60
     assert {"child", "worker", "server"} <= report["kills"].keys()
     assert sum(report["runs"].values()) > 200
+    assert {"cancel", "resume", "redrive"} <= report["acts"].keys()
 
 
 def test_a_kill_at_each_named_point_is_repaired(tmp_path: Path) -> None:

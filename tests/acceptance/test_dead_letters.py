@@ -261,7 +261,9 @@ def test_nested_runs_are_cancelled_and_stay_so_although_all_is_killed(up: Up, tm
     children = wait_until(lambda: _nested(up, run, 3), "the nested runs are there")
     wait_until(lambda: words(record).count("first") == 3, "all three wait")
     client = up.client()
-    wait_until(lambda: all(client.zscore(f"orchestrator:{{{child}}}:timers", "~wait") for child in children), "they sleep")
+    wait_until(
+        lambda: all(client.zscore(f"orchestrator:{{{child}}}:timers", "~wait") for child in children), "they sleep"
+    )
     client.close()
     assert up.process is not None
     family = [*psutil.Process(up.process.pid).children(recursive=True), psutil.Process(up.process.pid)]
@@ -358,7 +360,7 @@ def test_a_run_is_resumed_with_a_mended_definition(up: Up, tmp_path: Path) -> No
     run = start(up, "three", record=str(record))
     assert states(ended(up, run)) == {"a": "succeeded", "b": "succeeded", "old": "succeeded", "c": "failed"}
     path = up.project / "workflows" / "three.yaml"
-    text = FILES["workflows/three.yaml"].replace('name: b}', 'name: b2}').replace("raise", "well")
+    text = FILES["workflows/three.yaml"].replace("name: b}", "name: b2}").replace("raise", "well")
     text = "".join(line for line in text.splitlines(keepends=True) if "old:" not in line)
     path.write_text(text + '  d: {task: "work:step", needs: [c], with: {record: "{{ params.record }}", name: d}}\n')
     wait_until(lambda: "definitions changed" in up.text(), "the definition is in force")

@@ -186,7 +186,9 @@ def _odd(runs: Sequence[str]) -> Iterator[Bad]:
                  "replaced_task_nesting", "ignore_result", "stamps", "lang", "root", "reply_to", "hostname"):  # fmt: skip
         for value in ("x", [1], {"a": [1]}, -1, 10**30, 1.5, True):
             yield Bad(CALL, OURS | {name: value}, odd=True)
-    yield Bad(CALL, OURS, properties={"priority": "x", "correlation_id": [1], "reply_to": {}, "expiration": "x"}, odd=True)
+    yield Bad(
+        CALL, OURS, properties={"priority": "x", "correlation_id": [1], "reply_to": {}, "expiration": "x"}, odd=True
+    )
 
 
 _numbers = st.integers() | st.integers(-(10**60), 10**60) | st.floats()
@@ -224,7 +226,9 @@ _parts = st.one_of(
 _raw = st.one_of(
     st.builds(Bad, raw=_bytes | _json),
     st.builds(
-        lambda bad, size: Bad(raw=bad.envelope()[: max(1, len(bad.envelope()) * size // 100)][:-1]), _parts, st.integers(1, 99)
+        lambda bad, size: Bad(raw=bad.envelope()[: max(1, len(bad.envelope()) * size // 100)][:-1]),
+        _parts,
+        st.integers(1, 99),
     ),
 )
 

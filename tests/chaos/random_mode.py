@@ -20,7 +20,7 @@ from tests.chaos.workload import write_project
 #: No progress for so long, with nobody killed any more, means that something is lost.
 STUCK_S = 120.0
 #: Rounds start while fewer runs than this are in flight.
-_IN_FLIGHT = 14
+_IN_FLIGHT = 18
 
 
 def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
@@ -99,12 +99,13 @@ def _some(load: Load) -> str:
 def _judge(report: Report, load: Load, work: Path) -> None:
     bodies = record.parse((work / "record").read_text().splitlines())
     harms = record.read_harms(work / "harms.jsonl")
-    expected = load.expected()
-    seen = checks.gather(load.engine, expected, bodies, harms)
-    report.faults |= {name: faults for name, faults in checks.check_all(load.engine, seen).items() if faults}
-    report.runs = dict(Counter(one.kind.name for one in expected))
+    found, seen = checks.check_all(load, bodies, harms)
+    report.faults |= {name: faults for name, faults in found.items() if faults}
+    report.runs = dict(Counter(one.kind.name for one in seen.expected))
+    report.acts = dict(Counter(act.what for act in seen.acts))
     report.bodies = sum(len(executions) for slots in bodies.values() for executions in slots.values())
     report.repeated = dict(checks.repeats(seen))
-    recoveries = recovery.measure(bodies, harms)
+    pausing = {one.run for one in seen.expected if one.kind.pauses}
+    recoveries = recovery.measure(bodies, harms, pausing)
     report.recovery = summarise(recoveries)
     report.slowest = slowest(recoveries)

@@ -9,16 +9,28 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+#: What a body says last, if it comes to that.
+_ENDS = ("end", "fail")
+
 
 @dataclass(slots=True)
 class Execution:
-    """One run of a body. `end` is None if it never came to its end."""
+    """One run of a body. `end` is None if it never came to its end.
+
+    `how` is the last it said of itself: `end`, `fail` (it raised, or was told to stop) or `crash`.
+    """
 
     slot: str
     attempt: int
     pid: int
     begin: float
     end: float | None = None
+    how: str = "end"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it came to its end and returned something."""
+        return self.end is not None and self.how == "end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,9 @@ def parse(lines: Iterable[str]) -> dict[str, dict[str, list[Execution]]]:
             continue
         for one in reversed(executions):
             if one.pid == int(pid) and one.end is None:
-                one.end = float(moment)
+                one.how = word
+                if word in _ENDS:
+                    one.end = float(moment)
                 break
         else:
             raise ValueError(f"an end without a beginning in the record: {line!r}")
@@ -121,6 +135,6 @@ class Tail:
                 word, _, _, pid, moment = fields
                 self._last[int(pid)] = (word, float(moment))
         now = time.monotonic()
-        inside = {pid for pid, (word, _) in self._last.items() if word == "begin"}
+        inside = {pid for pid, (word, _) in self._last.items() if word not in _ENDS}
         recent = {pid for pid, (_, moment) in self._last.items() if now - moment < within_s}
         return inside | recent, inside - recent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tests.chaos.record import Execution, Harm
@@ -27,14 +27,19 @@ class Recovery:
     server_too: bool = False
 
 
-def measure(record: Mapping[str, Mapping[str, list[Execution]]], harms: Sequence[Harm]) -> list[Recovery]:
-    """Return all recoveries: of bodies and runs for workers, of anything for the other processes."""
+def measure(
+    record: Mapping[str, Mapping[str, list[Execution]]], harms: Sequence[Harm], pausing: Container[str] = ()
+) -> list[Recovery]:
+    """Return all recoveries: of bodies and runs for workers, of anything for the other processes.
+
+    When the next step of the runs that are `pausing` begins is not for us to say.
+    """
     by_pid: dict[int, list[tuple[Execution, str, Execution | None]]] = {}
     by_run: dict[str, list[float]] = {}
     for run, slots in record.items():
         for executions in slots.values():
             for number, one in enumerate(executions):
-                later = executions[number + 1] if number + 1 < len(executions) else None
+                later = next((other for other in executions[number + 1 :] if other.attempt == one.attempt), None)
                 by_pid.setdefault(one.pid, []).append((one, run, later))
                 by_run.setdefault(run, []).append(one.begin)
     begins = sorted(moment for moments in by_run.values() for moment in moments)
@@ -45,7 +50,8 @@ def measure(record: Mapping[str, Mapping[str, list[Execution]]], harms: Sequence
     for harm in harms:
         if harm.target in ("child", "worker", "parent", "family"):
             for pid in (harm.pid, *harm.family):
-                found += _of_process(by_pid.get(pid, []), by_run, harm)
+                of_process = _of_process(by_pid.get(pid, []), by_run, harm)
+                found += [entry for entry in of_process if entry.of != "run" or entry.run not in pausing]
         elif (moment := _next(begins, harm.at)) is not None:
             found.append(Recovery(harm, "all", moment - harm.at))
     return [

@@ -31,6 +31,7 @@ class Report:
     kills: dict[str, int] = field(default_factory=dict)
     stops: dict[str, int] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
+    acts: dict[str, int] = field(default_factory=dict)
     bodies: int = 0
     repeated: dict[str, int] = field(default_factory=dict)
     recovery: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Report:
         table.add_row("kills", f"{sum(self.kills.values())}: {_counts(self.kills)}")
         table.add_row("stops past the lease", f"{sum(self.stops.values())}: {_counts(self.stops)}")
         table.add_row("runs", f"{sum(self.runs.values())}: {_counts(self.runs)}")
+        table.add_row("asked for", _counts(self.acts))
         table.add_row("bodies run", f"{self.bodies}, of which again {sum(self.repeated.values())}")
         table.add_row("again because of", _counts(self.repeated))
         console.print(table)

@@ -16,14 +16,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orchestrator.engine import Engine
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, UnavailableError
 from orchestrator.ledger import Answer, Ledger, Taken, keys
 from orchestrator.ledger.ledger import How
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.resume import InFlightError, check, redrive, rerun, resume
 from orchestrator.retries import RetryPolicy
+from orchestrator.runs import child_run_id
+from orchestrator.settings import Settings
 from orchestrator.workflows import END, Phase, Step, Workflow
+from tests.conftest import Server
 
 HOW = How('{"worker": "w"')
 ERROR = ',"error":{"type":"Boom","message":"no","fingerprint":"f"}'
@@ -115,7 +118,7 @@ def test_what_is_due_is_known_over_all_runs_in_order(engine: Engine, ledger: Led
     now = ledger.now_ms()
     for run, delay in (("r1", 50_000), ("r2", 0), ("r3", 90_000)):
         do(engine, run, "a", "retrying", delay_ms=delay)
-    runs, following = ledger.due(now + 10, 100)
+    runs, following = ledger.due(now + 20_000, 100)
     assert runs == ["r2"]
     assert following is not None
     assert 40_000 < following - now < 60_000
@@ -284,6 +287,40 @@ def test_a_nested_run_that_was_being_started_is_cancelled_too(engine: Engine, le
     assert (state(ledger, "child"), state(ledger, "parent")) == ("cancelled", "cancelled")
 
 
+@pytest.mark.parametrize("is_started", [True, False])
+def test_a_nested_run_whose_starter_died_before_it_could_say_so_is_cancelled_too(
+    engine: Engine, ledger: Ledger, is_started: bool
+) -> None:
+    inner = start(engine, "other", step("a"))
+    start(engine, "top", Step(id="n", workflow="w"))
+    take(ledger, "top", "n", How('{"worker": "w"', lease_ms=1))
+    child = child_run_id("top", "n", None, 1)
+    if is_started:
+        parent = {"run": "top", "step": "n", "index": -1, "attempt": 1}
+        engine.start(child, inner, event={}, params={}, parent=parent)
+    engine.cancel("top")
+    time.sleep(0.005)
+    engine.repair("top")
+    assert (state(ledger, child), state(ledger, "top")) == ("cancelled" if is_started else "", "cancelled")
+
+
+def test_a_cancel_whose_answer_was_lost_is_not_a_second_one(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_script", _asked_again(ledger))
+        assert ledger.cancel("r").verdict == "done"
+    do(engine, "r", "clean")
+    assert (state(ledger, "r"), states(ledger, "r")["clean"]) == ("cancelled", "succeeded")
+
+
+def _asked_again(ledger: Ledger) -> Any:
+    """Call the script twice and answer what the second call does, as the client does when an answer is lost."""
+    script = ledger._script
+    return lambda **call: script(**call) and script(**call)
+
+
 def test_a_second_cancel_ends_the_hooks_too(engine: Engine, ledger: Ledger) -> None:
     start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY), step("late", "clean", phase=Phase.FINALLY))
     engine.cancel("r")
@@ -322,6 +359,41 @@ def test_a_redriven_step_goes_on_in_its_own_run(engine: Engine, ledger: Ledger) 
     assert (run.episode, run.error) == (2, None)
 
 
+def test_a_server_that_is_away_is_said_to_be(settings: Settings, own_server: Server) -> None:
+    engine = Engine(settings.evolve(broker_url=own_server.url, ledger_url=own_server.url), patience_s=0.0)
+    own_server.stop()
+    for go_on in (resume, rerun, lambda engine, run: redrive(engine, run, {"a": None})):
+        with pytest.raises(UnavailableError, match="cannot be used"):
+            go_on(engine, "r")
+
+
+def test_what_runs_again_is_a_dead_letter_no_longer_hooks_too(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("clean", phase=Phase.FINALLY))
+    do(engine, "r", "a", "failed")
+    do(engine, "r", END, "failed")
+    do(engine, "r", "clean", "failed")
+    assert {letter.slot for letter in engine.dead_letters.all()} == {"a", "clean"}
+    resume(engine, "r")
+    assert list(engine.dead_letters.all()) == []
+
+
+def test_who_dies_while_it_opens_an_episode_leaves_no_dead_letter(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_b(engine, "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "publish", _die)
+        with pytest.raises(KeyboardInterrupt):
+            redrive(engine, "r", {"b": None})
+    assert [letter.slot for letter in engine.dead_letters.all()] == ["b"]
+    engine.publish("r", ledger.sweep("r", 0)[1])
+    assert list(engine.dead_letters.all()) == []
+
+
+def _die(*_given: Any, **_options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_of_two_who_do_the_same_one_has_the_effect(engine: Engine) -> None:
     fail_at_b(engine, "r")
     redrive(engine, "r", {"b": None})
@@ -331,6 +403,16 @@ def test_of_two_who_do_the_same_one_has_the_effect(engine: Engine) -> None:
         resume(engine, "r")
     fail_at_b(engine, "s")
     assert rerun(engine, "s") != "s"
+
+
+def test_who_opened_an_episode_and_lost_the_answer_was_nobody_else(
+    engine: Engine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_b(engine, "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_script", _asked_again(ledger))
+        assert redrive(engine, "r", {"b": None}).episode == 2
+    do(engine, "r", "b")
 
 
 def test_the_items_of_a_fan_out_are_sent_back_alone(engine: Engine, ledger: Ledger) -> None:
@@ -459,7 +541,7 @@ def test_who_died_between_the_runs_leaves_none_waiting_for_ever(engine: Engine, 
     do(engine, "top", END, "failed")
     reopening = {
         "plan": plan.hash, "input": "{}", "graph": None, "reset": [], "gone": [], "items": {}, "waits": {"n": "leaf"},
-        "mended": {}, "timeout_ms": 0, "parent": None, "hooks": False,
+        "mended": {}, "failed": [], "timeout_ms": 0, "parent": None, "hooks": False,
     }  # fmt: skip
     assert ledger.reopen("top", 1, reopening).verdict == "ok"  # and here whoever did it has died
     for row in ledger.sweep("top", -60_000)[1]:
