@@ -227,6 +227,7 @@ def test_step_12_of_20_fails_in_three_ways_is_mended_and_all_go_on(up: Up, tmp_p
     for run, one in zip(runs, given, strict=True):
         assert ended(up, run)["state"] == "succeeded"
         done_steps = words(Path(one["record"]))
+        print(run, one["how"], done_steps, states(shown(up, run)), shown(up, run)["episode"])
         tries = {"raise": 2, "exit": 3, "hang": 2}[one["how"]]
         assert [word for word in done_steps if word != "s12"] == [f"s{n}" for n in range(1, 21) if n != 12]
         # The one that was the canary in vain has had another.

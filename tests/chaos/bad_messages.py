@@ -285,7 +285,7 @@ def _varied(bad: Bad, chance: random.Random, number: int, *, parts_only: bool) -
         return Bad(chance.choice([b"\xff" + noise, json.dumps(number).encode(), bad.body[:-1] + b"\x80"]), OURS)
     envelope = bad.envelope()
     if which == 1:
-        return Bad(raw=envelope[: chance.randrange(1, len(envelope) + 1)][:-1])
+        return Bad(raw=envelope[: chance.randrange(max(1, len(envelope)))])
     if which == 2:
         return Bad(raw=noise + b"\x00" + envelope)
     if which == 3:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -319,6 +320,18 @@ def test_a_redriven_step_goes_on_in_its_own_run(engine: Engine, ledger: Ledger) 
     assert state(ledger, "r") == "succeeded"
     run = Queries(ledger, engine.payloads).run("r")
     assert (run.episode, run.error) == (2, None)
+
+
+def test_all_that_is_downstream_of_a_redriven_step_runs_again(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), *(step(below, above) for above, below in pairwise("abcde")))
+    do(engine, "r", "a")
+    do(engine, "r", "b", "failed")
+    do(engine, "r", END, "failed")
+    redrive(engine, "r", {"b": None})
+    assert states(ledger, "r") == {"a": "succeeded", "b": "queued"}
+    for unit in ("b", "c", "d", "e", END):
+        do(engine, "r", unit)
+    assert (state(ledger, "r"), states(ledger, "r")["e"]) == ("succeeded", "succeeded")
 
 
 def test_of_two_who_do_the_same_one_has_the_effect(engine: Engine) -> None:
