@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ from orchestrator.celery_app import EVENT_QUEUE, PRIORITIES, queue_name
 from orchestrator.deadletters import DeadLetters
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
-from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.runs import run_id
 from orchestrator.settings import Settings
 from tests.chaos.bad_messages import Bad, letters_of, messages
-from tests.chaos.processes import children, orchestrator, part_of_up, wait_for
-from tests.chaos.processes import Role, System, server_url
+from tests.chaos.processes import Role, System, children, orchestrator, part_of_up, server_url, wait_for
 from tests.chaos.report import console
 
 QUEUES = (*(queue_name("default", priority) for priority in PRIORITIES), EVENT_QUEUE)
