@@ -183,8 +183,9 @@ def _odd(runs: Sequence[str]) -> Iterator[Bad]:
             yield Bad(json.dumps([args, {}, {"chain": None}]).encode(), OURS, odd=True)
         chain = [{"task": STEP_TASK, "args": [run, name]} for name in ("c", "no", "a")]
         yield Bad(json.dumps([[run, "b"], {}, {"chain": chain}]).encode(), OURS, odd=True)
-    for name in ("retries", "root_id", "parent_id", "group", "group_index", "origin", "argsrepr", "kwargsrepr",
-                 "shadow", "replaced_task_nesting", "ignore_result", "stamps", "lang", "reply_to", "hostname"):  # fmt: skip
+    names = ("retries root_id parent_id group group_index origin argsrepr kwargsrepr shadow "
+             "replaced_task_nesting ignore_result stamps lang reply_to hostname")  # fmt: skip
+    for name in names.split():
         for value in ("x", [1], {"a": [1]}, -1, 10**30, 1.5, True):
             yield Bad(CALL, OURS | {name: value}, odd=True)
     yield Bad(
