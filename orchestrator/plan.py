@@ -118,7 +118,8 @@ class Plan:
 
     def closure(self, step_ids: Iterable[str]) -> set[str]:
         """Return these steps and all that is downstream of them."""
-        found, stack = set(step_ids), list(step_ids)
+        found = set(step_ids)
+        stack = list(found)
         while stack:
             below = [step_id for step_id in self.downstream[stack.pop()] if step_id not in found]
             found.update(below)

@@ -972,7 +972,7 @@ function verbs.reopen()
   if not fields[1] then return { 'unknown' } end
   if is_in_flight() then
     if call('HGET', RUN, 'reopen_id') == ARGV[4] then -- the answer was lost
-      return { 'ok', {}, call('ZRANGE', OUTBOX, 0, -1) }
+      return { 'ok', {}, call('ZRANGEBYSCORE', OUTBOX, '-inf', NOW) }
     end
     return { 'in_flight' }
   end

@@ -1,4 +1,4 @@
-"""Two thousand bad messages in every queue, while real runs go on: each is a dead letter, and nobody dies."""
+"""Bad messages in all queues while real runs go on: each is a dead letter, and nobody dies (tests/chaos)."""
 
 from __future__ import annotations
 

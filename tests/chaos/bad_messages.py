@@ -108,7 +108,7 @@ def by_hand(mark: str, runs: Sequence[str] = ()) -> list[Bad]:
     """Return the nasty ones: unpickling one makes the file `mark`; some say to be of these runs."""
     evil = pickle.dumps(_Touch(mark))
     bare = [
-        b"", b"\x00", b" ", b"\n", b"\xff\xfe\x00", b"null", b"true", b"5", b'"text"', b"[]", b"{}", b"NaN", b"{", b"[1",
+        b"", b"\x00", b" ", b"\n", b"\xff\xfe\x00", b"null", b"true", b"5", b'"text"', b"[]", b"{}", b"NaN", b"{",
         b"[" * 200_000, b'{"a":' * 50_000, b"9" * 10_000, b"-1e999", b"\xef\xbb\xbf{}", b"\x80\x04\x95pickle", evil,
         b'{"properties": 5}', b'{"properties": {}}', b'{"properties": null}', b'{"properties": {}, "headers": [1]}',
         b'{"properties": {}, "body": "\\ud800"}', b'{"properties": {"x": 1e999}}', b'{"properties": {}, "body": 5}',
@@ -125,7 +125,7 @@ def by_hand(mark: str, runs: Sequence[str] = ()) -> list[Bad]:
         {"id": None}, {"id": ""}, {"id": 5}, {"id": ["a"]}, {"id": _deep(700)}, {"id": "\ud800"}, {"id": "x" * 100_000},
         {"eta": "2999-01-01T00:00:00"}, {"eta": "tomorrow"}, {"eta": 5}, {"eta": {}},
         {"expires": "2001-01-01T00:00:00"}, {"expires": "2999-01-01T00:00:00"}, {"expires": 5}, {"expires": "never"},
-        {"timelimit": 7}, {"timelimit": "ab"}, {"timelimit": [5, 3]}, {"timelimit": [1, 1]}, {"timelimit": [10**400, None]},
+        {"timelimit": 7}, {"timelimit": "ab"}, {"timelimit": [5, 3]}, {"timelimit": [1, 1]},
         {"stamped_headers": 5}, {"stamped_headers": ["x"], "stamps": 5}, {"compression": "unheard-of"},
         {"compression": "zlib"}, {"chord": {"task": "x"}}, {"callbacks": [{"task": "x"}]}, {"errbacks": [5]},
         {"chain": [5]}, {"deep": _deep(700)}, {"deep": _deep(20)},
@@ -149,10 +149,11 @@ def by_hand(mark: str, runs: Sequence[str] = ()) -> list[Bad]:
     ]  # fmt: skip
     kinds: list[dict[str, Any]] = [
         {"content_type": PICKLE, "body": evil}, {"content_type": PICKLE, "content_encoding": "binary", "body": evil},
-        {"content_type": None}, {"content_type": ""}, {"content_type": "text/plain"}, {"content_type": "application/x-yaml"},
+        {"content_type": None}, {"content_type": ""}, {"content_type": "text/plain"},
         {"content_type": "application/x-msgpack"}, {"content_type": "application/json; charset=utf-8"},
         {"content_encoding": None, "body": b"\xe9"}, {"content_encoding": "latin-1", "body": b"\xe9"},
-        {"content_encoding": "no-such", "body": b"\xe9"}, {"content_encoding": "binary", "body": b"\xff"}, {"content_encoding": "utf-16", "body": b"\xff"},
+        {"content_encoding": "no-such", "body": b"\xe9"},
+        {"content_encoding": "binary", "body": b"\xff"}, {"content_encoding": "utf-16", "body": b"\xff"},
     ]  # fmt: skip
     # In Redis alone, where a client may say of parts what it wants.
     shapes: list[dict[str, Any]] = [
@@ -182,8 +183,9 @@ def _odd(runs: Sequence[str]) -> Iterator[Bad]:
             yield Bad(json.dumps([args, {}, {"chain": None}]).encode(), OURS, odd=True)
         chain = [{"task": STEP_TASK, "args": [run, name]} for name in ("c", "no", "a")]
         yield Bad(json.dumps([[run, "b"], {}, {"chain": chain}]).encode(), OURS, odd=True)
-    for name in ("retries", "root_id", "parent_id", "group", "group_index", "origin", "argsrepr", "kwargsrepr", "shadow",
-                 "replaced_task_nesting", "ignore_result", "stamps", "lang", "root", "reply_to", "hostname"):  # fmt: skip
+    names = ("retries root_id parent_id group group_index origin argsrepr kwargsrepr shadow "
+             "replaced_task_nesting ignore_result stamps lang reply_to hostname")  # fmt: skip
+    for name in names.split():
         for value in ("x", [1], {"a": [1]}, -1, 10**30, 1.5, True):
             yield Bad(CALL, OURS | {name: value}, odd=True)
     yield Bad(
@@ -289,7 +291,7 @@ def _varied(bad: Bad, chance: random.Random, number: int, *, parts_only: bool) -
         return Bad(chance.choice([b"\xff" + noise, json.dumps(number).encode(), bad.body[:-1] + b"\x80"]), OURS)
     envelope = bad.envelope()
     if which == 1:
-        return Bad(raw=envelope[: chance.randrange(1, len(envelope) + 1)][:-1])
+        return Bad(raw=envelope[: chance.randrange(max(1, len(envelope)))])
     if which == 2:
         return Bad(raw=noise + b"\x00" + envelope)
     if which == 3:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -392,6 +393,18 @@ def test_who_dies_while_it_opens_an_episode_leaves_no_dead_letter(
 
 def _die(*_given: Any, **_options: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_all_that_is_downstream_of_a_redriven_step_runs_again(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), *(step(below, above) for above, below in pairwise("abcde")))
+    do(engine, "r", "a")
+    do(engine, "r", "b", "failed")
+    do(engine, "r", END, "failed")
+    redrive(engine, "r", {"b": None})
+    assert states(ledger, "r") == {"a": "succeeded", "b": "queued"}
+    for unit in ("b", "c", "d", "e", END):
+        do(engine, "r", unit)
+    assert (state(ledger, "r"), states(ledger, "r")["e"]) == ("succeeded", "succeeded")
 
 
 def test_of_two_who_do_the_same_one_has_the_effect(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What fails is tried again, waits, is kept, cancelled, sent back and gone on with: by a real worker and the commands."""
+"""What fails is tried again, waits, is kept, cancelled, sent back, gone on with: by a real worker and commands."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_step_says_itself_when_it_is_tried_again_and_that_it_is_not(shop: Shop
 workflow: asked
 steps:
   soon: {{task: tasks:later, with: {{record: {tmp_path}/soon, after: 200ms}}}}
-  fatal: {{task: tasks:fatal, with: {{record: {tmp_path}/fatal}}, retry: {{maximum_attempts: 5, initial_interval: 1ms}}}}
+  fatal: {{task: tasks:fatal, with: {{record: {tmp_path}/fatal}}, retry: 5}}
 """)
     run = shop.run(flow)
     first, second = shop.attempts(run.id, "soon")
@@ -311,7 +311,7 @@ steps:
 
 
 def test_waiting_takes_its_time_and_no_worker(shop: Shop) -> None:
-    """A hundred wait at a time, with two processes to run steps; the output is null, and what is past is not waited for."""
+    """A hundred wait at a time, with two processes to run steps; a time that is past is not waited for."""
     at = datetime.now(UTC) + timedelta(seconds=1)
     flow = shop.define(f"""
 workflow: waits
@@ -320,7 +320,7 @@ steps:
   due: {{until: "{at.isoformat()}"}}
   past: {{until: "2001-01-01T00:00:00Z"}}
   many: {{foreach: "{{{{ range(100) | list }}}}", sleep: "{{{{ 0.2 + (item % 5) / 10 }}}}"}}
-  end: {{task: tasks:echo, needs: [short, due, past, many], with: {{value: "{{{{ [short, due, past, many | length] }}}}"}}}}
+  end: {{task: tasks:echo, with: {{value: "{{{{ [short, due, past, many | length] }}}}"}}}}
 """)
     run = shop.run(flow)
     assert run.output == [None, None, None, 100]
@@ -528,8 +528,8 @@ def test_a_cancelled_run_stops_whatever_its_steps_are_at(shop: Shop, tmp_path: P
   never: {{task: tasks:flaky, needs: [sleep], with: {{record: {tmp_path}/never}}}}
 """
     shop.define(f"workflow: below\nsteps:{inside}")
-    flow = shop.define(f"workflow: above\nsteps:{inside}  nested: {{workflow: below}}\n"
-                       f"finally:\n  clean: {{task: tasks:echo, with: {{value: \"{{{{ run.state }}}}\"}}}}\n")  # fmt: skip
+    clean = 'finally:\n  clean: {task: tasks:echo, with: {value: "{{ run.state }}"}}\n'
+    flow = shop.define(f"workflow: above\nsteps:{inside}  nested: {{workflow: below}}\n{clean}")
     run = shop.start(flow)
     child = wait_until(lambda: shop.queries.step(run, "nested").run, "the nested run is there")
     wait_until(lambda: lines(record) == 2, "both hold")
