@@ -596,7 +596,7 @@ def describe_error(exc: BaseException, project: Path, mask: Callable[[str], str]
     if isinstance(exc, SystemExit):
         message = f"the step called sys.exit({message})"
     return StepError(
-        type=name,
+        type=mask(name),
         # Masked before they are cut: half a secret would not be found.
         message=mask(message)[:_MESSAGE_CHARACTERS],
         traceback="" if isinstance(exc, _PLAIN) else mask(_user_traceback(exc, project))[-_TRACEBACK_CHARACTERS:],

@@ -21,7 +21,7 @@ from orchestrator.workflows import Step, Workflow
 from tests.conftest import WorkerProcess, wait_until
 
 TASKS = """
-import io, multiprocessing, os, pathlib, signal, sys, time
+import io, multiprocessing, os, pathlib, signal, sys, threading, time
 from orchestrator import Retry
 from orchestrator.signals import StepCancelled
 
@@ -117,6 +117,9 @@ def stop_itself():
 
 def spill(secret, before):
     raise ValueError("x" * before + secret)
+
+def write_later(secret):
+    threading.Timer(0.5, lambda: print("late:", secret)).start()
 
 def fail(**_):
     raise ValueError("the cause")
@@ -287,6 +290,13 @@ def test_whatever_a_step_raises_is_its_outcome(place: Place, task: str, with_: d
 def test_no_part_of_a_secret_is_left_where_a_message_is_cut(place: Place) -> None:
     place.run(step("a", "spill", with_={"secret": "{{ secrets.PIN }}", "before": 3995}))
     assert "314" not in json.dumps(record(place)["error"])
+
+
+def test_a_secret_is_masked_in_what_a_thread_writes_after_its_step(place: Place) -> None:
+    place.run(
+        step("a", "write_later", with_={"secret": "{{ secrets.PIN }}"}), step("b", "nap", "a", with_={"seconds": 1.5})
+    )
+    assert place.engine.ledger.client.hget("orchestrator:{r}:logs", "b@1") == "late: ***\n"
 
 
 def test_a_secret_that_is_a_number_or_in_a_tuple_is_masked_in_the_input(place: Place) -> None:
