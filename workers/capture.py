@@ -30,6 +30,9 @@ _thread = threading.local()
 _FORMATTER = logging.Formatter("%(levelname)s %(name)s: %(message)s")
 #: A line of a secret that is shorter than this is masked with the others of it only.
 _LINE_CHARACTERS = 8
+#: Secrets that steps of this process have read: a thread that one has left may write to the text of the next. Not the
+#: short ones, which are in many texts by chance.
+_of_process: set[str] = set()
 
 
 def _captured() -> Captured | None:
@@ -49,14 +52,15 @@ class Captured:
         self._length = 0
         self._left_out = 0
         self._lock = threading.Lock()
-        self._secrets: list[str] = []
+        self._secrets = _longest_first(_of_process)
         self.is_dirty = False
 
     def hide(self, secret: str) -> None:
         """Mask a secret that the step has read, from now on; also as it stands in JSON, in a repr and in a URL."""
         lines = [line for line in secret.splitlines() if len(line.strip()) >= _LINE_CHARACTERS]
         forms = {form for text in (secret, *lines) for form in _forms(text)}
-        self._secrets = sorted({*self._secrets, *forms} - {""}, key=len, reverse=True)
+        self._secrets = _longest_first({*self._secrets, *forms} - {""})
+        _of_process.update(form for form in forms if len(form) >= _LINE_CHARACTERS)
 
     def write(self, text: str) -> None:
         with self._lock:
@@ -97,6 +101,10 @@ class Captured:
     def __exit__(self, *_: object) -> None:
         _current.reset(self._token)
         _latest.remove(self)
+
+
+def _longest_first(texts: set[str]) -> list[str]:
+    return sorted(texts, key=len, reverse=True)
 
 
 def _forms(text: str) -> Iterator[str]:

@@ -23,7 +23,6 @@ from orchestrator.signals import StepCancelled, StepTimeout
 from orchestrator.workflows import Step
 from workers import capture
 from workers.slots import Slots, Stop
-from workers.surroundings import Surroundings
 
 #: billiard's signal for the same purpose: a child of Celery's has it for nothing else.
 SIGNAL = signal.SIGUSR1
@@ -46,25 +45,25 @@ class Interrupts:
         self._number = 0
         self._timeout_s = 0.0
         self._stopped: StepTimeout | StepCancelled | None = None
-        self._surroundings: Surroundings | None = None
         #: Whether a StepCancelled that the last call has raised is ours, and not an error of the function's own.
         self.is_cancelled = False
 
-    def call(self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float) -> Any:
+    def call(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float, since: float | None = None
+    ) -> Any:
         """Return what the function returns; it is told to stop when `timeout_s` is over, or its run is cancelled.
 
-        Raises StepTimeout or StepCancelled if it was, whatever it makes of that, unless it returns.
-        What it has changed of this process is put back (surroundings.py). A copy of this process that it has made
+        The time counts from now, or from `since` (monotonic): of several calls for one step. Raises StepTimeout or
+        StepCancelled if it was, whatever it makes of that, unless it returns. A copy of this process that it has made
         (`os.fork`), and that comes back from it too, ends here: it is no child of the worker.
         """
-        if self._surroundings is None:
-            # Now and not when the child starts: billiard sets its own handler last of all.
-            self._pid = os.getpid()
-            signal.signal(SIGNAL, self._on_signal)
-            self._surroundings = Surroundings()
+        # Not when the child starts, as billiard sets its own handler last of all; and each time, as a step may have.
+        self._pid = self._pid or os.getpid()
+        signal.signal(SIGNAL, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
         self._timeout_s = timeout_s
         self.is_cancelled = False
-        self._number = self._slots.enter(self._slot, time.monotonic() + timeout_s)
+        self._number = self._slots.enter(self._slot, (since or time.monotonic()) + timeout_s)
         try:
             return _enter(function, arguments)
         except BaseException as exc:
@@ -78,7 +77,7 @@ class Interrupts:
                 os._exit(0)
             self._slots.leave(self._slot)
             self._stopped = None
-            self._surroundings.restore()
+            signal.signal(SIGNAL, self._on_signal)  # one may be on its way
 
     def _on_signal(self, _signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid or self._stopped is not None:

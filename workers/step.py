@@ -57,6 +57,7 @@ from workers.interrupts import Interrupts, timeout_of
 from workers.memory import limited
 from workers.outcome import of_error
 from workers.slots import Slots
+from workers.surroundings import restored
 
 log = get_logger(__name__)
 
@@ -359,8 +360,8 @@ class StepRunner:
                     payload = self._insist(partial(self._start_nested, info, taken, step, arguments))
                     state = "waiting"
                 else:
-                    value = self._call(info, taken, step, _copy(arguments), captured)
-                    payload = self._insist(partial(self._pack, info, taken, value))
+                    text = self._call(info, taken, step, _copy(arguments), captured)
+                    payload = self._insist(partial(self._payloads.pack_text, text, self._blob(info, taken)))
         except _CannotWaitError:
             raise
         except BaseException as exc:
@@ -447,13 +448,15 @@ class StepRunner:
         self._engine.start(child, plan, event=event, params=params, parent=parent, timeout_ms=timeout_ms)
         return child
 
-    def _call(self, info: _RunInfo, taken: Taken, step: Step, arguments: dict[str, Any], captured: Captured) -> Any:
+    def _call(self, info: _RunInfo, taken: Taken, step: Step, arguments: dict[str, Any], captured: Captured) -> str:
+        """Call the step's function and return what it returns as JSON.
+
+        All that is the user's code is under the deadline: also the import of the module, and what makes JSON of the
+        result.
+        """
         assert step.task is not None
-        if step.task not in self._tasks:
-            function = resolve_task(self._settings.project, step.task)
-            self._tasks[step.task] = (function, takes_context(function))
-        function, with_context = self._tasks[step.task]
-        timeout_s = timeout_of(step)
+        since, timeout_s = time.monotonic(), timeout_of(step)
+        function, with_context = self._guarded(self._function, {"reference": step.task}, timeout_s, since)
         if with_context:
             deadline = datetime.now(UTC) + timedelta(seconds=timeout_s)
             if info.deadline_ms:
@@ -471,18 +474,26 @@ class StepRunner:
         with captured:
             self._flusher.watch(captured, partial(self._ledger.log, info.id, taken.slot, taken.attempt))
             try:
-                with nullcontext() if step.memory is None else limited(step.memory):
-                    if self._interrupts is None:
-                        return function(**arguments)
-                    return self._interrupts.call(function, arguments, timeout_s)
+                with restored(), nullcontext() if step.memory is None else limited(step.memory):
+                    given = {"function": function, "arguments": arguments, "slot": taken.slot}
+                    text: str = self._guarded(_result, given, timeout_s, since)
+                    return text
             finally:
                 self._flusher.forget()
 
-    def _pack(self, info: _RunInfo, taken: Taken, value: object) -> str:
-        try:
-            return self._payloads.pack(value, self._blob(info, taken))
-        except PayloadError as exc:
-            raise PayloadError(f"step {taken.slot}: its result is {exc}") from exc
+    def _guarded(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float, since: float
+    ) -> Any:
+        if self._interrupts is None:
+            return function(**arguments)
+        return self._interrupts.call(function, arguments, timeout_s, since)
+
+    def _function(self, reference: str) -> tuple[Callable[..., Any], bool]:
+        """Return a task's function, and whether it takes the context."""
+        if reference not in self._tasks:
+            function = resolve_task(self._settings.project, reference)
+            self._tasks[reference] = (function, takes_context(function))
+        return self._tasks[reference]
 
     def _finish(self, info: _RunInfo, taken: Taken, inputs: list[Any]) -> Answer:
         """Say what the run comes to: its state and its output."""
@@ -522,6 +533,14 @@ class StepRunner:
     @staticmethod
     def _blob(info: _RunInfo, taken: Taken) -> str:
         return f"runs/{info.id}/{taken.slot}-{taken.fence}"
+
+
+def _result(function: Callable[..., Any], arguments: Mapping[str, Any], slot: str) -> str:
+    value = function(**arguments)
+    try:
+        return dumps(value)
+    except PayloadError as exc:
+        raise PayloadError(f"step {slot}: its result is {exc}") from exc
 
 
 def _copy(value: Any) -> Any:
@@ -595,7 +614,7 @@ def describe_error(exc: BaseException, project: Path, mask: Callable[[str], str]
     if isinstance(exc, MemoryError) and not message:
         message = "no memory was left to it (see its `memory:`)"
     return StepError(
-        type=name,
+        type=mask(name),
         # Masked before they are cut: half a secret would not be found.
         message=mask(message)[:_MESSAGE_CHARACTERS],
         traceback="" if isinstance(exc, _PLAIN) else mask(_user_traceback(exc, project))[-_TRACEBACK_CHARACTERS:],

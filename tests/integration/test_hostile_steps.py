@@ -21,7 +21,7 @@ from orchestrator.workflows import Step, Workflow
 from tests.conftest import WorkerProcess, wait_until
 
 TASKS = """
-import io, multiprocessing, os, signal, sys, time
+import io, multiprocessing, os, pathlib, signal, sys, threading, time
 from orchestrator import Retry
 from orchestrator.signals import StepCancelled
 
@@ -78,6 +78,13 @@ def fork(how):
         raise ValueError("in the copy")
     return "copy"
 
+class Slow(pathlib.PurePosixPath):
+    def __str__(self):
+        time.sleep(60)
+
+def slow_result():
+    return Slow("a")
+
 # What is hard to record
 
 class Mute(Exception):
@@ -111,6 +118,9 @@ def stop_itself():
 def spill(secret, before):
     raise ValueError("x" * before + secret)
 
+def write_later(secret):
+    threading.Timer(0.5, lambda: print("late:", secret)).start()
+
 def fail(**_):
     raise ValueError("the cause")
 """
@@ -124,7 +134,7 @@ class Place:
         self.queries = Queries(engine.ledger, engine.payloads)
         (settings.project / "tasks.py").write_text(TASKS)
         (settings.project / "orchestrator.toml").write_text(
-            '[settings]\nstop_grace_s = 1.0\n[secrets]\nPIN = "env:PIN"\n'
+            '[settings]\nstop_grace_s = 5.0\n[secrets]\nPIN = "env:PIN"\n'
         )
         self.worker = WorkerProcess(settings, concurrency=1, PIN="31415926535")
 
@@ -134,7 +144,7 @@ class Place:
         assert self.engine.start("r", plan, event={}, params={})
 
     def end(self) -> Run:
-        wait_until(lambda: self.queries.run("r", with_steps=False).state.is_end, "the run ends", 20.0)
+        wait_until(lambda: self.queries.run("r", with_steps=False).state.is_end, "the run ends", 40.0)
         return self.queries.run("r")
 
     def run(self, *steps: Step) -> Run:
@@ -221,7 +231,7 @@ def test_a_worker_that_is_to_end_at_once_leaves_its_steps_without_an_outcome(
     place.start(step("a", "nap", with_={"seconds": 60}))
     wait_until(lambda: place.engine.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
     process.send_signal(signal.SIGQUIT)
-    process.wait(15)
+    process.wait(30)
     assert str(place.queries.run("r").steps[0].state) == "running"
 
 
@@ -234,6 +244,21 @@ def test_a_copy_that_comes_back_from_the_step_is_no_child_of_the_worker(place: P
     assert [(str(one.state), one.losses) for one in run.steps] == [("succeeded", 0)] * 2
     assert run.steps[0].output == code
     assert "refused" not in place.worker.log.read_text()
+
+
+# What is the user's code besides the function -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["slow:nap", "tasks:slow_result"])
+def test_an_import_or_a_result_that_takes_for_ever_is_stopped(place: Place, settings: Settings, task: str) -> None:
+    (settings.project / "slow.py").write_text("import time\ntime.sleep(60)\ndef nap(): ...\n")
+    run = place.run(
+        Step(id="a", task=task, timeout_s=0.5), step("b", "nap", "a", with_={"seconds": 0}, trigger_rule="all_done")
+    )
+    error = run.steps[0].error
+    assert error is not None
+    assert error["reason"] == "timeout"
+    assert [str(one.state) for one in run.steps] == ["failed", "succeeded"]
 
 
 # What is hard to record --------------------------------------------------------------------------------------------
@@ -252,7 +277,7 @@ def test_a_copy_that_comes_back_from_the_step_is_no_child_of_the_worker(place: P
 )
 def test_whatever_a_step_raises_is_its_outcome(place: Place, task: str, with_: dict[str, Any], kind: str) -> None:
     place.start(step("a", task, with_=with_))
-    wait_until(lambda: "error" in record(place), "the first attempt has failed", 10.0)
+    wait_until(lambda: "error" in record(place), "the first attempt has failed")
     assert record(place)["error"]["type"] == kind
     assert place.queries.run("r").steps[0].losses == 0
     if task == "own_retry":
@@ -265,6 +290,13 @@ def test_whatever_a_step_raises_is_its_outcome(place: Place, task: str, with_: d
 def test_no_part_of_a_secret_is_left_where_a_message_is_cut(place: Place) -> None:
     place.run(step("a", "spill", with_={"secret": "{{ secrets.PIN }}", "before": 3995}))
     assert "314" not in json.dumps(record(place)["error"])
+
+
+def test_a_secret_is_masked_in_what_a_thread_writes_after_its_step(place: Place) -> None:
+    place.run(
+        step("a", "write_later", with_={"secret": "{{ secrets.PIN }}"}), step("b", "nap", "a", with_={"seconds": 1.5})
+    )
+    assert place.engine.ledger.client.hget("orchestrator:{r}:logs", "b@1") == "late: ***\n"
 
 
 def test_a_secret_that_is_a_number_or_in_a_tuple_is_masked_in_the_input(place: Place) -> None:
