@@ -299,7 +299,11 @@ class _Resuming:
         if state in _KEPT:
             return ""
         items = record.items(step.id)
-        return f"{len(items)} of its items {'is' if len(items) == 1 else 'are'} missing" if items else _WHY.get(state, "has not run")
+        return (
+            f"{len(items)} of its items {'is' if len(items) == 1 else 'are'} missing"
+            if items
+            else _WHY.get(state, "has not run")
+        )
 
     def _choose(self, engine: Engine, step_id: str, why: str) -> None:
         """Take a step as a whole, or only its items, or the nested runs that it waited for."""
