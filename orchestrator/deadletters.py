@@ -121,19 +121,24 @@ _FIELDS = tuple(field.name for field in fields(DeadLetter))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The dead letters of one fingerprint; `workflow`, `step` and `error` are those of `example`, the youngest."""
+    """The dead letters of one fingerprint; `detail` and `error` are those of `example`, the youngest.
+
+    One cause may be in several places: `workflow` and `step` are None where they differ.
+    """
 
     fingerprint: str
     count: int
     first_at: int
     last_at: int
     example: DeadLetter
+    workflow: str | None = None
+    step: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         one = self.example
         return {
             "fingerprint": self.fingerprint, "count": self.count, "reason": one.reason, "detail": one.detail,
-            "error": one.error, "workflow": one.workflow, "step": one.step,
+            "error": one.error, "workflow": self.workflow, "step": self.step,
             "first_at": rfc3339(self.first_at), "last_at": rfc3339(self.last_at), "example": one.id,
         }  # fmt: skip
 
@@ -409,6 +414,8 @@ class DeadLetters:
                 first_at=one.first_at if group is None else min(one.first_at, group.first_at),
                 last_at=one.last_at if group is None else group.last_at,
                 example=one if group is None else group.example,
+                workflow=one.workflow if group is None or group.workflow == one.workflow else None,
+                step=one.step if group is None or group.step == one.step else None,
             )
         return sorted(found.values(), key=lambda group: (-group.count, -group.last_at))
 

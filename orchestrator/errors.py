@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 class OrchestratorError(Exception):
@@ -138,3 +139,8 @@ def one_line(text: str, limit: int = 300) -> str:
     line = " ".join(text[: 2 * limit].split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def describe(error: Mapping[str, Any]) -> str:
+    """Return a recorded error (`type`, `message`) as one line that can be printed."""
+    return one_line(f"{error['type']}: {error['message']}").removesuffix(":")

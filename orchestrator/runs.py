@@ -141,6 +141,7 @@ class StepRun:
 
     `items` counts the items of a fan-out by state; None for other steps. Times are RFC 3339 in UTC. `code` is the hash
     of the project's code that ran the last attempt; `losses` counts workers that died or lost their lease in it.
+    `error` is that of the last attempt; `due_at` when the next one, or the end of a wait, is due; `run` a nested run.
     """
 
     id: str
@@ -156,6 +157,7 @@ class StepRun:
     items: Mapping[str, int] | None = None
     output: Any = None
     run: str | None = None
+    due_at: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -175,6 +177,8 @@ class StepRun:
             body["index"] = self.index
         if self.run is not None:
             body["run"] = self.run
+        if self.due_at is not None:
+            body["due_at"] = self.due_at
         return body
 
 

@@ -38,7 +38,7 @@ from pydantic import ValidationError
 
 from orchestrator import schema
 from orchestrator.definitions import Definition, Lines, pattern_faults
-from orchestrator.errors import ExpressionError, Fault, TracingError, definition_error
+from orchestrator.errors import DefinitionError, ExpressionError, Fault, TracingError, definition_error
 from orchestrator.expressions import references
 from orchestrator.outputs import Output, Outputs
 from orchestrator.retries import RetryPolicy
@@ -361,6 +361,9 @@ class _Tracer:
                 return True, function(**arguments)
         except TracingError as exc:
             self._fault(place, str(exc), self._line_of(exc))
+        except DefinitionError as exc:  # such as of a RetryPolicy that is made here
+            for fault in exc.faults:
+                self._fault(place, f"{fault.field}: {fault.message}", self._line_of(exc))
         except Exception as exc:  # noqa: BLE001 - whatever a user's function raises is a fault of the definition
             self._fault(place, f"raises {type(exc).__name__}: {exc}", self._line_of(exc))
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from orchestrator.cli.access import (
 )
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
-from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError
+from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
 from orchestrator.workflows import Workflow, unknown
 
 app = typer.Typer(
@@ -294,6 +295,23 @@ def _wait(engine: Any, run_id: str, seconds: float, *, as_json: bool) -> int:
     return 0 if found.state is RunState.SUCCEEDED else 1
 
 
+def _print_steps(steps: Sequence[Any], **more: Sequence[object]) -> None:
+    """Print steps or items as a table: `more` are columns, the first of which comes first; empty ones are left out."""
+    columns: dict[str, Sequence[object]] = {
+        "state": [str(one.state) for one in steps],
+        "attempts": [f"{one.attempts}" if one.attempts else "" for one in steps],
+        "lost": [one.losses or "" for one in steps],
+        "took": [duration(one.started_at, one.finished_at) for one in steps],
+        "due": [one.due_at or "" for one in steps],
+        "run": [one.run or "" for one in steps],
+    }
+    first = next(iter(more))
+    columns = {first: more[first]} | columns | more
+    columns["error"] = [describe(one.error) if one.error else "" for one in steps]
+    shown = {name: cells for name, cells in columns.items() if name in (first, "state") or any(cells)}
+    print_table(list(shown), list(zip(*shown.values(), strict=True)))
+
+
 def _print_run(found: Any) -> None:
     print(
         f"run {found.id} of {found.workflow}: {found.state} ({duration(found.created_at, found.finished_at) or '...'})"
@@ -302,19 +320,14 @@ def _print_run(found: Any) -> None:
     )
     if found.error:
         where = f" in step {found.error['step']}" if found.error.get("step") else ""
-        print(f"error{where}: {found.error['type']}: {found.error['message']}")
-    rows = [
-        (
-            step.id,
-            str(step.state),
-            step.attempts or "",
-            duration(step.started_at, step.finished_at),
-            ", ".join(f"{count} {state}" for state, count in sorted(step.items.items())) if step.items else "",
-            f"{step.error['type']}: {step.error['message']}" if step.error else "",
-        )
-        for step in found.steps
-    ]
-    print_table(["step", "state", "attempts", "took", "items", "error"], rows)
+        print(f"error{where}: {describe(found.error)}")
+    if found.parent:
+        print(f"nested in run {found.parent['run']}, step {found.parent['step']}")
+    _print_steps(
+        found.steps,
+        step=[one.id for one in found.steps],
+        items=[", ".join(f"{n} {state}" for state, n in sorted((one.items or {}).items())) for one in found.steps],
+    )
     if found.output is not None:
         print(f"output: {one_line(found.output, 400)}")
 
@@ -384,16 +397,11 @@ def runs_show(
         )
         return
     if one.items is None:
-        print_table(["step", "state", "output"], [(one.id, str(one.state), one_line(one.output))])
+        _print_steps([one], step=[one.id], output=[one_line(one.output)])
         if one.error:
             print(one.error.get("traceback") or f"{one.error['type']}: {one.error['message']}")
         return
-    rows = [
-        (item.index, str(item.state), duration(item.started_at, item.finished_at), one_line(item.output),
-         f"{item.error['type']}: {item.error['message']}" if item.error else "")
-        for item in items
-    ]  # fmt: skip
-    print_table(["item", "state", "took", "output", "error"], rows)
+    _print_steps(items, item=[str(one.index) for one in items], output=[one_line(one.output) for one in items])
     if cursor:
         print(f"more: --after {cursor}")
 
@@ -421,7 +429,9 @@ def runs_cancel(
     as_json: JsonOption = False,
 ) -> int:
     """Cancel runs and those nested in them: what has not begun never will, and steps at work are told to stop."""
-    told = []
+    from orchestrator.runs import RunState
+
+    told: list[dict[str, Any]] = []
     with engine_of(settings_of(project, data_dir)) as engine:
         for run_id in run_ids:
             asked = engine.cancel(run_id)
@@ -430,10 +440,12 @@ def runs_cancel(
         print_json({"items": told, "next": None})
         return 0
     for one in told:
+        is_going_on = not RunState(one["state"]).is_end
         if one["cancelled"]:
-            print(f"{one['id']}: {'is being cancelled' if one['state'] == 'running' else one['state']}")
+            print(f"{one['id']}: {'is being cancelled' if is_going_on else one['state']}")
         else:
-            print(f"{one['id']}: nothing to cancel; it is {one['state']}")
+            nothing = f"nothing to cancel; it is {one['state']}"
+            print(f"{one['id']}: {'is being cancelled already' if is_going_on else nothing}")
     return 0
 
 
@@ -474,7 +486,9 @@ def _print_check(found: Any) -> None:
     rows = [(step, "kept", "") for step in found.keeps]
     rows += [(step, "runs again", why) for step, why in found.again.items()]
     rows += [(step, "gone", "no longer in the definition") for step in found.gone]
-    print_table(["step", "", "because"], rows)
+    if found.definition_changed:
+        print(f"the definition of {found.workflow} has changed")
+    print_table(["step", "what", "because"], rows)
 
 
 @runs.command("rerun")
@@ -502,7 +516,7 @@ def runs_logs(
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the steps of a run printed and logged, and the tracebacks of those that failed."""
+    """Show what each attempt of a run's steps printed and logged, and the tracebacks of those that failed."""
     from orchestrator.ledger.queries import Queries
 
     with engine_of(settings_of(project, data_dir)) as engine:
@@ -511,22 +525,20 @@ def runs_logs(
         if step is not None and step not in [one.id for one in steps]:
             raise NotFoundError(f"run {run_id} has no step {step!r}; it has {', '.join(one.id for one in steps)}")
         found = queries.logs(run_id, step, index)
-        failures = [one for one in steps if one.error and (step is None or one.id == step)]
     if as_json:
         entries = []
-        for slot, attempt, text in found:
+        for slot, attempt, text, error in found:
             name, _, item = slot.partition("/")
-            entries.append({"step": name, "index": int(item) if item else None, "attempt": attempt, "text": text})
+            number = int(item) if item else None
+            entries.append({"step": name, "index": number, "attempt": attempt, "text": text, "error": error})
         print_json({"items": entries, "next": None})
         return
-    for slot, attempt, text in found:
+    for slot, attempt, text, error in found:
         for line in text.splitlines():
             print(f"{slot} #{attempt} | {line}")
-    for one in failures:
-        assert one.error is not None
-        place = one.id if one.error.get("index") is None else f"{one.id}/{one.error['index']}"
-        for line in (one.error.get("traceback") or f"{one.error['type']}: {one.error['message']}").splitlines():
-            print(f"{place} #{one.attempts} ! {line}")
+        if error:
+            for line in (error.get("traceback") or describe(error)).splitlines():
+                print(f"{slot} #{attempt} ! {line}")
 
 
 # Events

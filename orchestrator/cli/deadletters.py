@@ -26,7 +26,9 @@ app = typer.Typer(
     help="Look at what will not be tried again by itself, send it back, or drop it.", no_args_is_help=True
 )
 
-IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids, or beginnings of them.")]
+IdsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="ID", help="Ids, or their first 4 or more characters.")
+]
 WorkflowOption = Annotated[str | None, typer.Option("--workflow", help="Only steps of this workflow.")]
 StepOption = Annotated[str | None, typer.Option("--step", help="Only this step.")]
 ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only with this reason.")]
@@ -94,6 +96,9 @@ def list_(
     if group:
         columns = ["fingerprint", "count", "reason", "workflow", "step", "first", "last", "detail", "example"]
         names = ["fingerprint", "count", "reason", "workflow", "step", "first_at", "last_at", "detail", "example"]
+        for one, group_ in zip(items, found, strict=True):
+            if group_.example.kind == "step":
+                one |= {name: one[name] or "several" for name in ("workflow", "step")}
         print_table(columns, [[one[name] for name in names] for one in items])
         return
     columns = ["id", "reason", "where", "run", "last", "count", "detail"]
@@ -205,6 +210,8 @@ def redrive(
     with engine_of(settings_of(project, data_dir)) as engine:
         letters = _letters_of(engine)
         chosen = _choose(letters, ids or (), which, everything=everything)
+        if not chosen:
+            print("no dead letter matches", file=sys.stderr)
         if not ids and chosen and sys.stdin.isatty() and not yes:
             typer.confirm(f"redrive {len(chosen)} dead letter(s)?", abort=True, err=True)
         work = Redrive(engine, letters, options, say=lambda line: print(line, file=sys.stderr))

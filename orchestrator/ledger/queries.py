@@ -6,7 +6,7 @@ Lists answer at most `limit` entries, newest first, and a cursor for the rest (t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.errors import NotFoundError
@@ -130,21 +130,27 @@ class Queries:
             pipe.hmget(keys.run_key(run, "outputs"), slots)
             pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#a" for slot in slots])
             pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#l" for slot in slots])
-            states, nested, outputs, retries, losses = pipe.execute()
-        attempts = [1 + int(retry or 0) for retry in retries]
+            pipe.zmscore(keys.run_key(run, "timers"), [_unit(slot) for slot in slots])
+            pipe.zmscore(keys.run_key(run, "timers"), [f"~{slot}" for slot in slots])
+            states, nested, outputs, retries, losses, due, wakes = pipe.execute()
+        made = [int(retry or 0) for retry in retries]
         records = self._client.hmget(
-            keys.run_key(run, "attempts"), [f"{slot}@{n}" for slot, n in zip(slots, attempts, strict=True)]
+            keys.run_key(run, "attempts"),
+            [f"{slot}@{n + more}" for slot, n in zip(slots, made, strict=True) for more in (0, 1)],
         )
         found = []
         for n, slot in enumerate(slots):
-            record = json.loads(records[n] or "{}")
+            has_begun = records[2 * n + 1] is not None
+            state = StepRunState(states[n] or ("queued" if "/" in slot else "scheduled"))
+            before = records[2 * n] if state is StepRunState.RETRYING else None
+            record = json.loads(records[2 * n + 1] or before or "{}")
             step_id, _, index = slot.partition("/")
             found.append(
                 StepRun(
                     id=step_id,
                     index=int(index) if index else None,
-                    state=StepRunState(states[n] or ("queued" if index else "scheduled")),
-                    attempts=attempts[n] if record else 0,
+                    state=state,
+                    attempts=made[n] + has_begun,
                     losses=int(losses[n] or 0),
                     started_at=rfc3339(record.get("started_at")),
                     finished_at=rfc3339(record.get("finished_at")),
@@ -153,6 +159,7 @@ class Queries:
                     error=record.get("error"),
                     output=self._value(outputs[n] or "") if with_output else None,
                     run=nested[n] if nested[n] != "~" else None,
+                    due_at=rfc3339(due[n] or wakes[n]),
                 )
             )
         return found
@@ -177,16 +184,25 @@ class Queries:
         slots = [f"{step_id}/{index}" for index in range(lo, hi)]
         return (self._slots(run, slots) if slots else []), (str(hi - 1) if hi < count else None)
 
-    def logs(self, run: str, step_id: str | None = None, index: int | None = None) -> list[tuple[str, int, str]]:
-        """Return what attempts printed and logged: (step or step/index, attempt, text), in the plan's order."""
+    def logs(
+        self, run: str, step_id: str | None = None, index: int | None = None
+    ) -> list[tuple[str, int, str, Mapping[str, Any] | None]]:
+        """Return what attempts printed and logged, and their errors: (step or step/index, attempt, text, error), in the
+        plan's order; attempts with neither are left out."""
         order = [END, *self._ledger.plan(self._ledger.plan_of(run)).topological()]
+        texts = self._client.hgetall(keys.run_key(run, "logs"))
+        errors = {
+            field: error
+            for field, record in self._client.hgetall(keys.run_key(run, "attempts")).items()
+            if "@" in field and (error := json.loads(record).get("error"))
+        }
         found = []
-        for field, text in self._client.hgetall(keys.run_key(run, "logs")).items():
+        for field in texts.keys() | errors.keys():
             slot, _, attempt = str(field).rpartition("@")
             step, _, item = slot.partition("/")
-            if (step_id is None or step == step_id) and (index is None or item == str(index)):
-                found.append((order.index(step), int(item or -1), int(attempt), slot, str(text)))
-        return [(slot, attempt, text) for _, _, attempt, slot, text in sorted(found)]
+            if step in order and step_id in (None, step) and (index is None or item == str(index)):
+                found.append((order.index(step), int(item or -1), int(attempt), slot, str(field)))
+        return [(slot, n, str(texts.get(field, "")), errors.get(field)) for _, _, n, slot, field in sorted(found)]
 
     def event(self, key: str) -> dict[str, Any]:
         """Return an event by its id or key: {"event", "accepted_at", "verdicts"}."""
@@ -226,6 +242,12 @@ class Queries:
 
 def _time(text: str | None) -> str | None:
     return rfc3339(int(text)) if text else None
+
+
+def _unit(slot: str) -> str:
+    """Return the unit in which a slot is taken again by itself."""
+    step_id, _, index = slot.partition("/")
+    return f"{step_id}/{index}-{int(index) + 1}" if index else step_id
 
 
 def _parent(text: str | None) -> dict[str, Any] | None:

@@ -125,6 +125,16 @@ def test_ten_thousand_items_become_letters_in_seconds(engine: Engine, letters: D
     assert (group.count, group.fingerprint, group.example.step) == (10_000, "f1", "f")
 
 
+def test_a_cause_in_several_places_is_not_shown_as_one_step(engine: Engine, letters: DeadLetters) -> None:
+    start(engine, "r", Step(id="a", task="tasks:f"), Step(id="b", task="tasks:f"))
+    fail(engine, "r", "a")
+    fail(engine, "r", "b")
+    letters.bury("r", ["a", "b"])
+    (group,) = letters.groups()
+    shown = group.to_json()
+    assert (shown["count"], shown["workflow"], shown["step"]) == (2, "w", None)
+
+
 def test_letters_of_steps_are_to_be_reported_where_that_is_set(engine: Engine, letters: DeadLetters) -> None:
     letters._reports = True
     failed_run(engine, "r")

@@ -765,3 +765,24 @@ def test_a_nested_run_that_another_attempt_has_replaced_is_not_gone_on_with(engi
     for go_on in (check, resume, lambda engine, run: redrive(engine, run, {"a": None})):
         with pytest.raises(InputError, match="run parent, in which child is nested, has succeeded without it"):
             go_on(engine, "child")
+
+
+def test_what_waits_shows_its_last_error_and_when_it_is_due(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("b", foreach=[1, 2]), Step(id="c", sleep="1h"))
+    a, b, c = (take(ledger, "r", step_id) for step_id in "abc")
+    ledger.complete("r", a, "retrying", tail=ERROR, log="first", delay_ms=60_000, how=HOW, inline="")
+    ledger.complete("r", c, "sleeping", delay_ms=60_000, how=HOW, inline="")
+    parts = ledger.expand("r", b, 2, size=1, max_parallel=0, per=2, chunks=["[1, 2]"], how=HOW, inline="").publish
+    item = take(ledger, "r", parts[0])
+    ledger.complete("r", item, "retrying", tail=ERROR, delay_ms=60_000, how=HOW, inline="")
+    queries = Queries(ledger, engine.payloads)
+    shown = {one.id: one for one in queries.run("r").steps}
+    (first, second), _ = queries.items("r", "b")
+    for one in (shown["a"], first):
+        assert (one.state, one.attempts, (one.error or {}).get("type")) == ("retrying", 1, "Boom")
+    assert second.attempts == 0
+    assert [bool(one.due_at) for one in (shown["a"], first, shown["c"], second)] == [True, True, True, False]
+    assert [(slot, n, text, (error or {}).get("type")) for slot, n, text, error in queries.logs("r")] == [
+        ("a", 1, "first", "Boom"),
+        ("b/0", 1, "", "Boom"),
+    ]

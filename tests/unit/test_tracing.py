@@ -569,6 +569,10 @@ def _raises():
     {}["x"]
 
 
+def _wrong_policy():
+    split.options(retry=RetryPolicy(maximum_attempts=0))("a")
+
+
 def _private():
     split("a")._x  # noqa: B018
 
@@ -589,6 +593,7 @@ def _state_of_part():
         (_makes_int, 1, 'write .filter("int")'),
         (_formats, 1, "the format '>10' cannot be applied"),
         (_raises, 2, "raises KeyError: 'x'"),
+        (_wrong_policy, 1, "RetryPolicy.maximum_attempts: must be a whole number"),
         (_private, 1, "raises AttributeError: write ['_x']"),
         (_state_of_part, 1, "is not what a task or workflow was called for"),
     ],
@@ -598,6 +603,7 @@ def test_what_only_a_run_can_tell_is_refused(function, line, message):
     (found,) = faults_of(function)
     assert found[0] == line
     assert message in found[2]
+    assert "DefinitionError" not in found[2]
 
 
 def _wrong_calls():
