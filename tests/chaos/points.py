@@ -1,14 +1,17 @@
 """The named points at which a process is killed, each with the smallest load that comes by there.
 
 A name is `point@role`, or several joined by ` then `: the next is armed when the one before has struck. Who is killed:
-`child`, `parent` (alone), `worker` (parent and children at once), `dispatcher`, `rescuer` (its process), `trigger`, or
-`server` (while a child is at the point, or who stands behind a dash).
+`child`, `parent` (alone), `worker` (parent and children at once), `dispatcher`, `rescuer`, `timers` or `keeper` (its
+process, while that thread is at the point), `trigger`, `operator` (the command line), or `server` (while a child is at
+the point, or who stands behind a dash). Where something is done with the run, its kind and that follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tests.chaos.workload import Will
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +25,32 @@ class Strike:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One or more strikes, one run, and who is held up so that another gets there first."""
+    """One or more strikes, one run, what is done with it, and who is held up so that another gets there first.
+
+    `params` are those of the run besides x. With `litter` there is also a message that nobody can read.
+    """
 
     strikes: tuple[Strike, ...]
     kind: str
     x: int = 5
     pauses: tuple[tuple[str, str, float], ...] = ()
+    params: Mapping[str, int] = field(default_factory=dict)
+    will: Will = Will.NOTHING
+    litter: bool = False
 
     @property
     def name(self) -> str:
-        return " then ".join(f"{strike.point}@{strike.role}" for strike in self.strikes)
+        name = " then ".join(f"{strike.point}@{strike.role}" for strike in self.strikes)
+        if not self.will:
+            return name
+        nth = self.strikes[-1].nth
+        return f"{name}, {self.kind}, {self.will}{f', {nth}' if nth > 1 else ''}"
 
 
-def _one(point: str, roles: Sequence[str], kind: str, x: int = 5, nth: int = 1) -> list[Scenario]:
-    return [Scenario((Strike(point, role, nth),), kind, x) for role in roles]
+def _one(
+    point: str, roles: Sequence[str], kind: str, x: int = 5, nth: int = 1, *, will: Will = Will.NOTHING, **params: int
+) -> list[Scenario]:
+    return [Scenario((Strike(point, role, nth),), kind, x, will=will, params=params) for role in roles]
 
 
 _EXECUTORS = ("child", "worker", "server")
@@ -95,4 +110,30 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("start.after", ("child", "worker"), "nested"),
     *_one("finish.after", _EXECUTORS, "nested"),
     *_one("resolve.after", ("child", "worker"), "nested"),
+    # An attempt that has failed, and the next when it is due; a sleep.
+    *_one("retry.after", _EXECUTORS, "flaky", fails=2),
+    *_one("due.after", ("timers",), "flaky", fails=2),
+    *_one("fire.after", ("timers", "server-timers"), "flaky", fails=2),
+    *_one("clear.before", ("timers",), "flaky", fails=2),
+    # What had to be killed at its deadline, and has no outcome yet.
+    *_one("killed.before", ("parent",), "hang"),
+    # Hooks: the outcome is known, and they are not published.
+    *_one("conclude.after", ("child", "server"), "slow_inner", ms=10),
+    # A step that has failed for good, on its way to the dead letters; a message, too.
+    *_one("bury.before", ("child", "server"), "mend", will=Will.LEAVE, broken=1, hook=1),
+    *_one("bury.after", ("child",), "mend", will=Will.LEAVE, broken=1, hook=1),
+    *(
+        Scenario((Strike(point, "keeper"),), "diamond", litter=True)
+        for point in ("keep.before", "keep.after")
+    ),
+    # A cancel: in the ledger, and nobody told; nested runs told; what was in work stopped.
+    *_one("cancel.after", ("operator", "server-operator"), "slow", will=Will.CANCEL, ms=2500),
+    *_one("child.before", ("operator",), "slow", will=Will.CANCEL_RESUME, ms=2500),
+    *_one("stopped.after", ("child", "worker"), "slow", will=Will.CANCEL, ms=6000),
+    # A further episode: open, and not published; of whoever waits for a nested run, and not of that yet.
+    *_one("reopen.after", ("operator", "server-operator"), "mend", will=Will.RESUME, broken=1, hook=1),
+    *_one("reopen.after", ("operator",), "mend", will=Will.REDRIVE_INPUT, broken=1, hook=0),
+    *_one("reopen.after", ("operator", "server-operator"), "outer", will=Will.RESUME, hook=0),
+    *_one("reopen.after", ("operator",), "outer", will=Will.REDRIVE, hook=0),
+    *_one("reopen.after", ("operator",), "outer", nth=2, will=Will.REDRIVE, hook=0),
 )  # fmt: skip

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from orchestrator.embedded import EmbeddedServer
+from orchestrator.engine import Engine
+from orchestrator.errors import UnavailableError
 from tests.chaos import checks, record
-from tests.chaos.load import Load
+from tests.chaos.acts import KILLED
+from tests.chaos.load import Load, settings_of
 from tests.chaos.points import SCENARIOS, Scenario
-from tests.chaos.processes import Role, System, is_ready, wait_for
+from tests.chaos.processes import Role, System, environment, is_ready, wait_for
 from tests.chaos.report import Report, console
-from tests.chaos.workload import write_project
+from tests.chaos.workload import RECORD, Expected, write_project
 
 #: The run has ended after this, and its next step has begun after that: 15 s by guarantee G5, and what a process that
 #: is started again takes on a busy machine.
 _END_S = 90.0
 NEXT_S = 20.0
+_LATER_S = 10.0
 
 
 def run(names: Sequence[str], *, parallel: int) -> Report:
@@ -79,16 +85,25 @@ class _Place:
 
     def __init__(self, scenario: Scenario, base: Path) -> None:
         self._scenario = scenario
-        self._work = base / scenario.name.replace(" ", "_")
+        self._work = base / scenario.name.replace(", ", "_").replace(" ", "_")
         self._data_dir = self._work / "data"
         self._system = System(self._work)
+        self._env = {
+            "CHAOS_WORK": str(self._work),
+            "CHAOS_ARMS": json.dumps(self._arms()),
+            "CHAOS_PAUSES": json.dumps(
+                [{"point": point, "role": role, "seconds": s} for point, role, s in self._scenario.pauses]
+            ),
+        }
         write_project(self._work / "project")
         self._data_dir.mkdir()
 
     def run(self) -> dict[str, Any]:
         try:
             self._start()
-            load = Load(self._work, self._data_dir, random.Random(0))
+            hand = _CommandLine(self._work, self._data_dir, self._env)
+            load = Load(self._work, self._data_dir, random.Random(0), hand)
+            load.ready = self._is_at_work
             try:
                 return self._judge(load)
             finally:
@@ -99,21 +114,18 @@ class _Place:
     def _start(self) -> None:
         server = Role("server", EmbeddedServer(self._data_dir, fsync="always").prepare(), started=self._note_server)
         self._system.start(server)
-        env = {
-            "CHAOS_WORK": str(self._work),
-            "CHAOS_ARMS": json.dumps(self._arms()),
-            "CHAOS_PAUSES": json.dumps(
-                [{"point": point, "role": role, "seconds": s} for point, role, s in self._scenario.pauses]
-            ),
-        }
         place = ("--project", str(self._work / "project"), "--data-dir", str(self._data_dir))
         for name in ("dispatcher", "trigger", "worker"):
             command = [sys.executable, "-P", "-m", "tests.chaos.role", name, *place]
-            self._system.start(Role(name, command, env))
+            self._system.start(Role(name, command, self._env))
         wait_for(lambda: is_ready(self._data_dir), "the definitions are in force")
 
     def _note_server(self, pid: int) -> None:
         (self._work / "server.pid").write_text(str(pid))
+
+    def _is_at_work(self, expected: Expected) -> bool:
+        """Tell whether a run is so far that something of everything is at work."""
+        return f" {expected.run}/s1 " in (self._work / RECORD).read_text()
 
     def _arms(self) -> list[dict[str, Any]]:
         arms: list[dict[str, Any]] = []
@@ -130,8 +142,12 @@ class _Place:
         if self._scenario.kind == "take":
             load.drop(self._scenario.x, 0.0)
         else:
-            load.emit(self._scenario.kind, x=self._scenario.x)
+            load.emit(self._scenario.kind, self._scenario.will, x=self._scenario.x, **self._scenario.params)
+        if self._scenario.litter:
+            load.throw()
         ended = _until(lambda: (load.refresh(), not load.in_flight)[1], _END_S)
+        # What is no part of the run may come a moment later.
+        _until(lambda: len(record.read_harms(self._work / "harms.jsonl")) >= len(self._scenario.strikes), _LATER_S)
         harms = record.read_harms(self._work / "harms.jsonl")
         bodies = record.parse((self._work / "record").read_text().splitlines())
         if ended is None:
@@ -162,6 +178,40 @@ class _Place:
             "kills": Counter(harm.target for harm in harms),
             "faults": faults,
         }
+
+
+class _CommandLine:
+    """Asks for things by `orchestrator ...`, in a process that may be killed at a point."""
+
+    def __init__(self, work: Path, data_dir: Path, env: Mapping[str, str]) -> None:
+        self._work = work
+        self._place = ("--project", str(work / "project"), "--data-dir", str(data_dir))
+        self._env = env
+        self._engine = Engine(settings_of(work / "project", data_dir))
+
+    def cancel(self, run: str) -> str:
+        told = self._run("runs", "cancel", run)
+        return told if told == KILLED or "nothing to cancel" not in told else "nothing to cancel"
+
+    def resume(self, run: str) -> str:
+        return self._run("runs", "resume", run)
+
+    def redrive(self, runs: list[str], mended: Any) -> str:
+        chosen = [letter.id for letter in self._engine.dead_letters.all() if letter.run in runs]
+        options = () if mended is None else ("--input", json.dumps(mended))
+        return self._run("dead-letters", "redrive", *chosen, *options) if chosen else "nothing to redrive"
+
+    def _run(self, *arguments: str) -> str:
+        command = [sys.executable, "-P", "-m", "tests.chaos.role", *arguments, *self._place]
+        done = subprocess.run(
+            command, cwd=self._work, env=environment(**self._env), stdin=subprocess.DEVNULL, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_END_S, check=False,
+        )  # fmt: skip
+        if done.returncode == -signal.SIGKILL:
+            return KILLED
+        if any(words in done.stdout for words in ("cannot be used", "does not answer", "the ledger failed")):
+            raise UnavailableError(done.stdout)
+        return done.stdout
 
 
 def _until(predicate: Callable[[], bool], timeout_s: float) -> float | None:

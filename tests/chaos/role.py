@@ -1,6 +1,6 @@
 """A launcher for one role, in which named points of the code kill the process; then it is `orchestrator ROLE ...`.
 
-    python -m tests.chaos.role dispatcher|trigger|worker ARGUMENTS
+    python -m tests.chaos.role dispatcher|trigger|worker|runs|dead-letters ARGUMENTS
 
 What is armed comes in the environment as JSON, CHAOS_ARMS: [{"point", "role", "nth", "marker", "after"}], each struck
 once, by whoever makes its marker file; one with `after` is armed when that marker is there. CHAOS_PAUSES: [{"point",
@@ -38,6 +38,9 @@ class Point:
 
 
 _LEDGER = "orchestrator.ledger.ledger:Ledger."
+_LETTERS = "orchestrator.deadletters:DeadLetters."
+#: Threads of a dispatcher that have a role of their own.
+_CARE = ("rescuer", "timers", "keeper")
 
 
 def _ledger(verb: str, when: str, counts: Callable[[tuple[Any, ...], Any], bool] = lambda _a, _r: True) -> Point:
@@ -72,6 +75,19 @@ POINTS = {
     "start.after": _ledger("start", "after", lambda _, started: started),
     "finish.after": _ledger("finish", "after", lambda _, answer: "^ended" in answer.publish),
     "resolve.after": _ledger("resolve", "after", lambda _, answer: bool(answer.publish)),
+    "retry.after": _ledger("complete", "after", lambda given, _: given[3] == "retrying"),
+    "stopped.after": _ledger("complete", "after", lambda given, _: given[3] == "cancelled"),
+    "conclude.after": _ledger("finish", "after", lambda _, answer: bool(_units(answer.publish))),
+    "due.after": _ledger("due", "after", lambda _, answer: bool(answer[0])),
+    "fire.after": _ledger("fire", "after", lambda _, rows: bool(rows)),
+    "cancel.after": _ledger("cancel", "after", lambda _, answer: answer.verdict == "ok"),
+    "child.before": Point("orchestrator.engine:Engine._see_to_child", "before"),
+    "reopen.after": _ledger("reopen", "after", lambda _, answer: answer.verdict == "ok"),
+    "bury.before": Point(_LETTERS + "bury", "before"),
+    "bury.after": Point(_LETTERS + "bury", "after", lambda _, count: bool(count)),
+    "keep.before": Point(_LETTERS + "_keep", "before"),
+    "keep.after": Point(_LETTERS + "_keep", "after"),
+    "killed.before": Point("workers.deadlines:Deadlines._record", "before"),
     "emit.before": Point("orchestrator.bus:EventBus.publish", "before"),
     "mark.before": _ledger("write", "before"),
     "seen.before": _ledger("mark_seen", "before"),
@@ -84,6 +100,9 @@ _REACHED_BY = {
     "server-dispatcher": "dispatcher",
     "server-trigger": "trigger",
     "server-parent": "parent",
+    "server-timers": "timers",
+    "server-keeper": "keeper",
+    "server-operator": "operator",
 }
 
 
@@ -102,7 +121,8 @@ class _Arms:
         """Say which role this thread of this process has."""
         if self._role == "worker":
             return "parent" if os.getpid() == self._main else "child"
-        return "rescuer" if threading.current_thread().name == "rescuer" else self._role
+        thread = threading.current_thread().name
+        return thread if thread in _CARE else self._role
 
     def reached(self, point: str, batch: Any) -> None:
         """Kill, if this is what something is armed for."""
@@ -163,7 +183,7 @@ def _wrap(name: str, point: Point, arms: _Arms) -> None:
 
 def main() -> None:
     """Wrap what is armed and become the role."""
-    arms = _Arms(sys.argv[1])
+    arms = _Arms(sys.argv[1] if sys.argv[1] in ("dispatcher", "trigger", "worker") else "operator")
     armed = {
         entry["point"] for variable in ("CHAOS_ARMS", "CHAOS_PAUSES") for entry in json.loads(os.environ[variable])
     }
