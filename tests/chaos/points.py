@@ -115,14 +115,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("due.after", ("timers",), "flaky", fails=2),
     *_one("fire.after", ("timers", "server-timers"), "flaky", fails=2),
     *_one("clear.before", ("timers",), "flaky", fails=2),
-    *_one("fired.after", ("timers",), "flaky", fails=2, nth=2),
     # What had to be killed at its deadline, and has no outcome yet.
     *_one("killed.before", ("parent",), "hang"),
     # Hooks: the outcome is known, and they are not published.
     *_one("conclude.after", ("child", "server"), "slow_inner", ms=10),
     # A step that has failed for good, on its way to the dead letters; a message, too.
     *_one("bury.before", ("child", "server"), "mend", will=Will.LEAVE, broken=1, hook=1),
-    *_one("bury.after", ("child", "worker"), "mend", will=Will.LEAVE, broken=1, hook=1),
+    *_one("bury.after", ("child",), "mend", will=Will.LEAVE, broken=1, hook=1),
     *(
         Scenario((Strike(point, "keeper"),), "diamond", litter=True)
         for point in ("keep.before", "keep.after")

@@ -80,7 +80,6 @@ POINTS = {
     "conclude.after": _ledger("finish", "after", lambda _, answer: bool(_units(answer.publish))),
     "due.after": _ledger("due", "after", lambda _, answer: bool(answer[0])),
     "fire.after": _ledger("fire", "after", lambda _, rows: bool(rows)),
-    "fired.after": Point("orchestrator.engine:Engine.fire", "after", lambda _, fired: bool(fired)),
     "cancel.after": _ledger("cancel", "after", lambda _, answer: answer.verdict == "ok"),
     "child.before": Point("orchestrator.engine:Engine._see_to_child", "before"),
     "reopen.after": _ledger("reopen", "after", lambda _, answer: answer.verdict == "ok"),
