@@ -353,7 +353,7 @@ class StepRunner:
                 delay_ms = self._wait_ms(info, taken, step, names, captured)
                 state = "sleeping" if delay_ms else "succeeded"
             else:
-                arguments = dict(evaluate(step.with_, self._names_for(info, step.with_, names, captured)))
+                arguments = dict(self._evaluate(info, step, step.with_, names, captured))
                 if taken.mended:
                     arguments |= self._payloads.unpack(taken.mended)
                 if step.workflow is not None:
@@ -386,10 +386,15 @@ class StepRunner:
             )
         )  # fmt: skip
 
+    def _evaluate(self, info: _RunInfo, step: Step, template: Any, names: dict[str, Any], captured: Captured) -> Any:
+        """Evaluate an expression of a step, which may take for ever as its function may."""
+        given = (template, self._names_for(info, template, names, captured))
+        return self._guarded(lambda: evaluate(*given), {}, timeout_of(step), time.monotonic())
+
     def _wait_ms(self, info: _RunInfo, taken: Taken, step: Step, names: dict[str, Any], captured: Captured) -> int:
         """Return how long a step that only waits still has to, in ms."""
         template = step.sleep if step.sleep is not None else step.until
-        value = evaluate(template, self._names_for(info, template, names, captured))
+        value = self._evaluate(info, step, template, names, captured)
         try:
             if step.sleep is not None:
                 return round(parse_duration(value).total_seconds() * 1000)
@@ -405,12 +410,12 @@ class StepRunner:
             return True
         if step.is_fan_out and per_item != bool(references(step.if_).names & {"item", "index"}):
             return True
-        return bool(evaluate(step.if_, self._names_for(info, step.if_, names, captured)))
+        return bool(self._evaluate(info, step, step.if_, names, captured))
 
     def _expand(
         self, info: _RunInfo, taken: Taken, step: Step, names: dict[str, Any], captured: Captured, links: int
     ) -> Answer:
-        items = evaluate(step.foreach, self._names_for(info, step.foreach, names, captured))
+        items = self._evaluate(info, step, step.foreach, names, captured)
         if not isinstance(items, list):
             raise ExpressionError(f"foreach must give a list, not {type(items).__name__}")
         ranges = parts(len(items), max_parallel=step.max_parallel)

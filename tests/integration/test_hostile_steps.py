@@ -261,6 +261,14 @@ def test_an_import_or_a_result_that_takes_for_ever_is_stopped(place: Place, sett
     assert [str(one.state) for one in run.steps] == ["failed", "succeeded"]
 
 
+def test_an_expression_that_takes_for_ever_is_stopped(place: Place) -> None:
+    # A number so long that no signal is looked at while it is made.
+    step_ = step("a", "fail", with_={"n": "{{ (run.episode + 8) ** (9 ** 9) }}"}, timeout_s=0.5)
+    run = place.run(step_, step("b", "nap", "a", with_={"seconds": 0}, trigger_rule="all_done"))
+    assert [(str(one.state), one.losses) for one in run.steps] == [("failed", 0), ("succeeded", 0)]
+    assert (run.steps[0].error or {})["reason"] == "timeout"
+
+
 # What is hard to record --------------------------------------------------------------------------------------------
 
 
