@@ -245,6 +245,8 @@ def _set(
             values[name] = kind(value)
             if values[name] < 0:
                 raise ValueError
+            if name == "maximum_losses" and values[name] == 0:  # a step has lost no process before it begins
+                problems.append(f"{place}: must be at least 1, not {value!r}")
         elif isinstance(value, str):
             values[name] = value
         else:

@@ -47,6 +47,7 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
         ("[settings]\ngrace = 3", "settings.grace: unknown setting 'grace'; did you mean 'grace_s'?"),
         ("[setting]\n", "unknown section 'setting'; did you mean 'settings'?"),
         ("[settings]\ngrace_s = -1", "settings.grace_s: must be a whole number, not negative, not -1"),
+        ("[settings]\nmaximum_losses = 0", "settings.maximum_losses: must be at least 1, not 0"),
         ("[settings]\ngrace_s = 'x'", "settings.grace_s: must be a whole number, not negative, not 'x'"),
         ("[settings]\nhost = 3", "settings.host: must be a text, not 3"),
         ("[settings]\nfsync = 'no'", "fsync must be everysec or always"),
