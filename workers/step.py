@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from billiard.common import terminate_handler_fired
 from celery import Task
 from celery.exceptions import Reject
 
@@ -166,7 +165,6 @@ class StepRunner:
         """
         links = 0
         unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
-        is_ended = False
         try:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
@@ -181,11 +179,8 @@ class StepRunner:
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
                 answer = self._run(info, taken, names, inputs, links)
-        except SystemExit:
-            is_ended = True  # from outside: the parent finds in the slot what is lost with this process
-            raise
         finally:
-            if self._slots is not None and not is_ended:
+            if self._slots is not None:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
         if answer.verdict == "refused":
@@ -364,9 +359,7 @@ class StepRunner:
                     payload = self._insist(partial(self._payloads.pack_text, text, self._blob(info, taken)))
         except _CannotWaitError:
             raise
-        except BaseException as exc:
-            if isinstance(exc, SystemExit) and terminate_handler_fired():
-                raise  # not the step's, but of somebody who ends this process
+        except BaseException as exc:  # noqa: BLE001 -- whatever a step raises is its outcome
             payload = ""
             left_ms = self._settings.deploy_wait_s * 1000 - taken.postponed_ms
             if isinstance(exc, StepCancelled) and self._interrupts is not None and self._interrupts.is_cancelled:

@@ -39,7 +39,7 @@ app = typer.Typer(
 #: A part of `up` ends when the `up` with this pid is no longer its parent.
 UpPidOption = Annotated[int, typer.Option("--up-pid", hidden=True)]
 
-runs = typer.Typer(help="Look at runs.", no_args_is_help=True)
+runs = typer.Typer(help="Look at runs, stop them, and go on with them.", no_args_is_help=True)
 events = typer.Typer(help="Look at events, and emit your own.", no_args_is_help=True)
 workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
@@ -433,6 +433,8 @@ def runs_cancel(
 
     told: list[dict[str, Any]] = []
     with engine_of(settings_of(project, data_dir)) as engine:
+        for run_id in run_ids:
+            engine.ledger.plan_of(run_id)  # all are known, or none is cancelled
         for run_id in run_ids:
             asked = engine.cancel(run_id)
             told.append({"id": run_id, "cancelled": asked, "state": engine.ledger.outcome(run_id)[0]})

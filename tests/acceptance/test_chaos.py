@@ -14,7 +14,7 @@ from tests.conftest import ROOT, environment
 def _chaos(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.chaos", *arguments, "--json", str(report)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1100)
     print(done.stdout)  # the figures, and how to repeat it
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     body: dict[str, Any] = json.loads(report.read_text())

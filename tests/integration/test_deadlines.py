@@ -115,13 +115,6 @@ def killed_once(mark):
         os.kill(os.getpid(), signal.SIGKILL)
     return "lived"
 
-def told_once(mark):
-    """Somebody sends SIGTERM to all processes of a worker, as systemd does."""
-    if not os.path.exists(mark):
-        pathlib.Path(mark).touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-    return "lived"
 '''
 
 
@@ -416,12 +409,7 @@ def test_a_step_that_takes_too_much_memory_fails_and_the_next_may_take_it(place:
 
 @pytest.mark.parametrize(
     ("task", "reason"),
-    [
-        ("leave_once", "exit code 3"),
-        ("crash_once", "killed by SIGSEGV"),
-        ("killed_once", "killed by SIGKILL"),
-        ("told_once", "killed by SIGTERM"),
-    ],
+    [("leave_once", "exit code 3"), ("crash_once", "killed by SIGSEGV"), ("killed_once", "killed by SIGKILL")],
 )
 def test_a_loss_says_how_the_process_ended(place: Place, tmp_path: Path, task: str, reason: str) -> None:
     run = place.run(step("a", task, with_={"mark": str(tmp_path / "died")}), step("b", "echo", "a"))

@@ -21,7 +21,7 @@ from orchestrator.deadletters import Filter
 from orchestrator.durations import parse_time
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
-from orchestrator.project import load_project
+from orchestrator.project import load_in_subprocess
 from orchestrator.runs import Run, RunState, StepRun
 from orchestrator.settings import Settings
 from orchestrator.timers import Timers
@@ -107,7 +107,7 @@ class Shop(Place):
         path = self.settings.project / "workflows" / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        project = load_project(self.settings.project, defaults=self.settings.defaults)
+        project = load_in_subprocess(self.settings.project, defaults=self.settings.defaults)
         assert not project.faults, project.faults
         self.engine.ledger.publish_workflows([Plan.of(one) for one in project.workflows.values()])
         return project.workflows[name]
