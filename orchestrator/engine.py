@@ -168,7 +168,8 @@ class Engine:
             reason = json.loads(error) if error else {"type": "Failed", "message": why}
             tail += f',"error":{json.dumps(reason)}'
             outcome, slot = "failed", step if index < 0 else f"{step}/{index}"
-            policy = self.plan(self.ledger.plan_of(run)).steps[step].retry
+            waiting = self.plan(self.ledger.plan_of(run)).steps.get(step)  # a changed definition may not have it
+            policy = waiting.retry if waiting is not None else None
             tries = self.ledger.attempts_of(run, slot)[1]
             if policy is not None and state == "failed" and policy.may_retry(tries, [reason["type"]]):
                 outcome, now = "retrying", self.ledger.now_ms()

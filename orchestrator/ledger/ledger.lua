@@ -843,6 +843,8 @@ function verbs.renew()
       call('ZADD', LEASES, NOW + tonumber(ARGV[2]), unit)
       call('ZREM', OUTBOX, unit)
       if is_stopping() and unit ~= END then to_stop[#to_stop + 1] = unit end
+    elseif call('HGET', STATES, slot_of(unit)) == 'cancelled' then -- its lease had been given up by then
+      to_stop[#to_stop + 1] = unit
     end
   end
   return { gone, to_stop }

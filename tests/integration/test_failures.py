@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -116,8 +117,7 @@ class Shop(Place):
         """Run a command in this process; its stdout, or its one line of stderr if it is refused."""
         out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            for name, value in on_servers(self.settings).items():
-                patch.setenv(name, value)
+            patch.setattr(os, "environ", on_servers(self.settings))
             patch.setattr(sys, "argv", ["orchestrator", *arguments, "--project", str(self.settings.project)])
             with pytest.raises(SystemExit) as end:
                 main()
