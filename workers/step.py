@@ -13,14 +13,12 @@ import json
 import logging
 import os
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from celery import Task
@@ -32,26 +30,23 @@ from orchestrator.durations import parse_duration, parse_time
 from orchestrator.engine import Engine
 from orchestrator.errors import (
     ExpressionError,
-    OrchestratorError,
     PayloadError,
-    SettingsError,
     TaskNotFoundError,
     UnavailableError,
 )
 from orchestrator.expressions import evaluate, references
 from orchestrator.ledger import Answer, Taken
 from orchestrator.ledger.ledger import How
-from orchestrator.modules import relative
 from orchestrator.payloads import dumps
 from orchestrator.plan import MAX_LINKS, Plan, parts
 from orchestrator.project import resolve_task, takes_context
-from orchestrator.retries import kinds_of
 from orchestrator.runs import StepError, child_run_id, rfc3339
 from orchestrator.settings import read_secret
-from orchestrator.signals import Fail, Retry, StepCancelled, StepTimeout
+from orchestrator.signals import StepCancelled
 from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import END, Step
 from workers.capture import Captured, Flusher
+from workers.failures import WorkerLostError, describe_error, input_of
 from workers.interrupts import Interrupts, timeout_of
 from workers.memory import limited
 from workers.outcome import of_error
@@ -63,10 +58,6 @@ log = get_logger(__name__)
 _T = TypeVar("_T")
 
 _RUNS_KNOWN = 128
-_MESSAGE_CHARACTERS = 4000
-_TRACEBACK_CHARACTERS = 16_000
-_FRAME_LIMIT = 30
-_INPUT_CHARACTERS = 16_000
 #: A function that cannot be found is looked for again after this long.
 _DEPLOY_LOOK_MS = 10_000
 #: How long to wait before a server that is away is asked again.
@@ -370,7 +361,7 @@ class StepRunner:
             else:
                 error = describe_error(exc, self._settings.project, captured.mask)
                 outcome = of_error(error, step, taken.tries, exc)
-                state, tail, delay_ms = outcome.state, outcome.tail + _input(arguments, captured), outcome.delay_ms
+                state, tail, delay_ms = outcome.state, outcome.tail + input_of(arguments, captured), outcome.delay_ms
                 log.info("step_failed", error=error.type, state=state)
         return self._insist(
             lambda: self._ledger.complete(
@@ -548,106 +539,6 @@ def _copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_copy(element) for element in value]
     return value
-
-
-def _input(arguments: Mapping[str, Any], captured: Captured) -> str:
-    """Return a member for the attempt's record: the arguments of the call, secrets masked.
-
-    None if they are large, or what JSON does not have.
-    """
-    try:
-        text = dumps(_masked(arguments, captured))
-    except (PayloadError, RecursionError, ValueError):  # an expression may give what JSON does not have
-        return ""
-    return f',"input":{text}' if arguments and len(text) <= _INPUT_CHARACTERS else ""
-
-
-def _masked(value: Any, captured: Captured) -> Any:
-    if isinstance(value, str):
-        return captured.mask(value)
-    if isinstance(value, dict):
-        return {captured.mask(str(key)): _masked(element, captured) for key, element in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(element, captured) for element in value]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        text = captured.mask(str(value))
-        return value if text == str(value) else text
-    return value
-
-
-class WorkerLostError(OrchestratorError):
-    """The process that ran a step died too often."""
-
-    def __init__(self, last: str, times: int) -> None:
-        self.last = last
-        super().__init__(
-            f"the process that ran this step died {times} times, the last time: {last}; it is not tried again"
-        )
-
-
-#: Named without the module that they happen to be in.
-_OURS = (OrchestratorError, StepTimeout, StepCancelled, Retry, Fail)
-#: Errors of ours whose message says it all: a traceback would only show our own code.
-_PLAIN = (ExpressionError, PayloadError, SettingsError, TaskNotFoundError, WorkerLostError)
-_REASONS: Mapping[type[BaseException], str] = {
-    StepTimeout: "timeout",
-    MemoryError: "memory",
-    WorkerLostError: "worker_lost",
-    TaskNotFoundError: "unknown_task",
-}
-
-
-def describe_error(exc: BaseException, project: Path, mask: Callable[[str], str] = str) -> StepError:
-    """Return what an error was, its traceback and frames cut to those of the user's project, its texts masked."""
-    kind = type(exc)
-    name = kind.__qualname__
-    if kind.__module__ not in ("builtins", "__main__") and not isinstance(exc, _OURS):
-        name = f"{kind.__module__}.{kind.__qualname__}"
-    try:
-        message = str(exc)
-    except BaseException as broken:  # noqa: BLE001 -- an error whose text cannot be made is still an error
-        message = f"(its message could not be made: {type(broken).__name__})"
-    if isinstance(exc, SystemExit):
-        message = f"the step called sys.exit({message})"
-    if isinstance(exc, MemoryError) and not message:
-        message = "no memory was left to it (see its `memory:`)"
-    return StepError(
-        type=mask(name),
-        # Masked before they are cut: half a secret would not be found.
-        message=mask(message)[:_MESSAGE_CHARACTERS],
-        traceback="" if isinstance(exc, _PLAIN) else mask(_user_traceback(exc, project))[-_TRACEBACK_CHARACTERS:],
-        reason=next((reason for cause, reason in _REASONS.items() if isinstance(exc, cause)), "error"),
-        frames=_user_frames(exc, project),
-        kinds=kinds_of(kind),
-    )
-
-
-def _user_frames(exc: BaseException, project: Path) -> tuple[tuple[str, int, str], ...]:
-    frames = (
-        (frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_tb(exc.__traceback__)
-    )
-    users = [(relative(project, file), line, name) for file, line, name in frames if _is_users(file, project)]
-    return tuple(users[-_FRAME_LIMIT:])
-
-
-def _user_traceback(exc: BaseException, project: Path) -> str:
-    try:
-        report = traceback.TracebackException.from_exception(exc, limit=-_FRAME_LIMIT, compact=True)
-        one: traceback.TracebackException | None = report
-        while one is not None:
-            users = [frame for frame in one.stack if _is_users(frame.filename, project)]
-            ours = str(Path(__file__).parent)
-            one.stack = traceback.StackSummary.from_list(
-                users or [frame for frame in one.stack if not frame.filename.startswith(ours)]
-            )
-            one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
-        return "".join(report.format())
-    except Exception as broken:  # noqa: BLE001 -- of a SyntaxError that somebody has made by hand, for one
-        return f"(its traceback could not be made: {type(broken).__name__})"
-
-
-def _is_users(filename: str, project: Path) -> bool:
-    return filename.startswith(f"{project}{os.sep}") and "site-packages" not in filename
 
 
 class StepTask(Task):  # type: ignore[misc]  # celery has no types
