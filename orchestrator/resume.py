@@ -34,7 +34,7 @@ from orchestrator.workflows import Step
 #: Keys of a step that may change without its output being another.
 _HARMLESS = frozenset({"retry", "timeout", "memory", "pool", "max_parallel", "description"})
 #: How often the rescuer is asked to wait while many nested runs are resumed; less than ledger.lua's AWAIT_MS.
-_HOLD_BACK_S = 5.0
+_HOLD_BACK_S = 2.0
 _AGAIN = ("failed", "cancelled")
 _KEPT = ("succeeded", "skipped")
 _WHY = {"failed": "failed", "cancelled": "was cancelled"}

@@ -916,7 +916,7 @@ local function forget(step) -- as if it had never begun
 end
 
 -- So long who reopens a run has for the nested ones, and again whenever it says that it is still at it (verbs.hold_back).
-local AWAIT_MS = 30000
+local AWAIT_MS = 8000
 
 local function reopen_items(step, how, ready) -- how: {items: [index], waits: {index: child}, parallel}
   local n = tonumber(call('HGET', STATES, 'n:' .. step))

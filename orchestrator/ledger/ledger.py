@@ -438,7 +438,7 @@ class Ledger:
         return _answer(answer)
 
     def hold_back(self, run: str, rows: Sequence[str]) -> None:
-        """Have the rescuer leave `^await` rows of a run that was reopened alone for half a minute more."""
+        """Have the rescuer leave `^await` rows of a run that was reopened alone for some seconds more."""
         for lo in range(0, len(rows), 1000):
             self._call(run, "hold_back", *rows[lo : lo + 1000])
 
