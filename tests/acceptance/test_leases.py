@@ -248,7 +248,7 @@ def test_a_message_that_comes_again_while_its_step_runs_is_dropped(scene: Scene)
     scene.start("r")
     holder = scene.call("r").pid
     for _ in range(3):
-        scene.engine.publish("r", scene.plan, ["hold"])
+        scene.engine.publish("r", ["hold"], plan=scene.plan)
     scene.flush()
     scene.wait_depth(0, 1)
     assert len(scene.calls("r")) == 1
