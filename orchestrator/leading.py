@@ -50,7 +50,8 @@ class LeadingService:
         """Take or keep the lead: (whether we have it, server's time in ms). Raises UnavailableError."""
         leads, now_ms = self._engine.ledger.lead(self.role, self._me)
         if leads != self._leads:
-            log.info("leads" if leads else "follows", role=self.role)
+            change = f"{self.role}_{'leads' if leads else 'follows'}"
+            log.info(change)
             self._leads = leads
         return leads, now_ms
 
