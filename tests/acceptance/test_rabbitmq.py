@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kombu
+import kombu.pools
 import pytest
 
 from orchestrator.bus import EventBus
@@ -85,6 +86,7 @@ def test_what_rabbitmq_does_not_take_is_unavailable(
 ) -> None:
     """And a unit that was to be published stays in the outbox."""
     url = on_rabbitmq.broker_url
+    kombu.pools.reset()  # an older connection remembers what it has declared
     if fault == "away":
         url = url.replace(str(rabbitmq.port), "1")
     elif fault == "password":
