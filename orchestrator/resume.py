@@ -277,10 +277,12 @@ class _Resuming:
         ]
         for step_id in self.plan.topological():
             if step_id in self.plan.main:
-                why = self._why_again(self.plan.steps[step_id], changed_params)
+                step = self.plan.steps[step_id]
+                anew = self._why_anew(step, changed_params)
+                why = anew or self._why_missing(step)
                 if why:
                     self.again[step_id] = why
-                    self._choose(engine, step_id, why)
+                    self._choose(engine, step_id, is_whole=bool(anew))
 
     def check(self) -> Check:
         record = self._record
@@ -303,7 +305,8 @@ class _Resuming:
         self.run_input = engine.payloads.pack(new, f"runs/{self._record.run}/input-{self._record.episode + 1}")
         return frozenset(name for name in old.keys() | new.keys() if old.get(name, ...) != new.get(name, ...))
 
-    def _why_again(self, step: Step, changed_params: frozenset[str]) -> str:
+    def _why_anew(self, step: Step, changed_params: frozenset[str]) -> str:
+        """Say why nothing that there is of a step can be kept; empty if it can."""
         record = self._record
         for above in self.plan.upstream[step.id]:
             if above in self.again:
@@ -321,6 +324,11 @@ class _Resuming:
                 return f"reads params that are others now ({', '.join(moved)})"
             if self.plan.upstream[step.id] != record.plan.upstream[step.id]:
                 return "what it needs changed"
+        return ""
+
+    def _why_missing(self, step: Step) -> str:
+        """Say what of a step is not there; empty if all of it is."""
+        record = self._record
         state = record.states.get(step.id, "scheduled")
         if state in _KEPT:
             return ""
@@ -329,10 +337,9 @@ class _Resuming:
             return f"{len(items)} of its items {'is' if len(items) == 1 else 'are'} missing"
         return _WHY.get(state, "has not run")
 
-    def _choose(self, engine: Engine, step_id: str, why: str) -> None:
+    def _choose(self, engine: Engine, step_id: str, *, is_whole: bool) -> None:
         """Take a step as a whole, or only its items, or the nested runs that it waited for."""
         record = self._record
-        is_whole = why.startswith(("runs after", "its definition", "reads params", "what it needs", "is new"))
         slots = [step_id]
         if not is_whole and (items := record.items(step_id)):
             slots = [f"{step_id}/{index}" for index in items]

@@ -52,6 +52,21 @@ local function split(unit) -- "step/lo-hi" -> step, lo, hi; "step" -> step
   return unit
 end
 
+local function slot_at(step, index) -- the step, or with an index from 0 its item
+  return index >= 0 and (step .. '/' .. int(index)) or step
+end
+
+local function chore(row, ready) -- for whoever called, and in the outbox until it is done
+  call('ZADD', OUTBOX, NOW, row)
+  ready[#ready + 1] = row
+end
+
+local function drop_units() -- what waits to be published will not be; chores stay
+  for _, row in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do
+    if not string.find(row, '^[!^]') then call('ZREM', OUTBOX, row) end
+  end
+end
+
 local function held(unit) -- fence, k, hi of a unit that was begun
   local text = call('HGET', UNITS, unit)
   if not text then return nil end
@@ -113,9 +128,7 @@ local function end_run(state, payload, problem, ready)
   if payload ~= '' then call('HSET', RUN, 'output', payload) end
   if problem ~= '' then call('HSET', RUN, 'error', problem) end
   call('DEL', LEASES, TIMERS)
-  for _, row in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do
-    if not string.find(row, '^[!^]') then call('ZREM', OUTBOX, row) end
-  end
+  drop_units()
   ends = true
   if call('HEXISTS', RUN, 'parent') == 1 then call('ZADD', OUTBOX, NOW, '^ended') end
   ready[#ready + 1] = call('EXISTS', OUTBOX) == 1 and '^ended' or '^close'
@@ -252,24 +265,27 @@ end
 -- A slot that was begun is cancelled: its nested run may be there, and who started it died before it could say so.
 local function cancel_nested(step, slot, ready)
   if string.find(graph(step)[6], 'n') and call('HEXISTS', STATES, 'w:' .. slot) == 0 then
-    call('ZADD', OUTBOX, NOW, '^cancel:' .. slot)
-    ready[#ready + 1] = '^cancel:' .. slot
+    chore('^cancel:' .. slot, ready)
   end
 end
 
 local function end_slot(step, index, state, tail, ready) -- index -1: the step itself
-  local slot = index >= 0 and (step .. '/' .. int(index)) or step
+  local slot = slot_at(step, index)
   close_record(slot, state, tail)
   if state == 'cancelled' then cancel_nested(step, slot, ready) end
   if state == 'failed' and not call('HGET', STATES, 'w:' .. slot) then -- of a nested run the letter is its own
-    call('ZADD', OUTBOX, NOW, '!' .. slot)
-    ready[#ready + 1] = '!' .. slot
+    chore('!' .. slot, ready)
   end
   if index >= 0 then end_item(step, index, state, ready) else settle(step, state, ready) end
 end
 
+local function end_named(slot, state, ready) -- as end_slot, of a slot by its name
+  local step, index = string.match(slot, '^(.-)/(%d+)$')
+  end_slot(step or slot, tonumber(index or -1), state, '', ready)
+end
+
 local function put_off(step, index, state, tail, delay_ms) -- a slot waits for its time: retrying, postponed, sleeping
-  local slot = index >= 0 and (step .. '/' .. int(index)) or step
+  local slot = slot_at(step, index)
   local member = index >= 0 and (step .. '/' .. int(index) .. '-' .. int(index + 1)) or step
   if state == 'sleeping' then
     call('HSET', STATES, 'w:' .. slot, '~')
@@ -335,7 +351,8 @@ local function chunk(step, index, known) -- {items per chunk, number of the chun
   return { per, number, call('HGET', ITEMS, step .. ':' .. int(number)) or '' }
 end
 
-local function final_states() -- {step, state, ...} if a step failed or was cancelled: whether the run did is for the plan to say
+-- {step, state, ...} if a step failed or was cancelled: whether the run did is for the plan to say.
+local function final_states()
   local found = {}
   if call('HEXISTS', RUN, 'bad') == 1 then
     for _, step in ipairs(call('HKEYS', GRAPH)) do
@@ -346,8 +363,9 @@ local function final_states() -- {step, state, ...} if a step failed or was canc
   return found
 end
 
--- how: {lease_ms, record, known episode and phase of the run, known chunk}. Takes a unit that is ready or was lost, and says what to run. With
--- `goes_on` it is the next item of a part that the caller holds already: the same fence, and no inputs again.
+-- how: {lease_ms, record, known episode and phase of the run, known chunk}. Takes a unit that is ready or was lost, and
+-- says what to run. With `goes_on` it is the next item of a part that the caller holds already: the same fence, and no
+-- inputs again.
 local function take(unit, how, goes_on)
   local step, lo, hi = split(unit)
   local fence, k, end_ = held(unit)
@@ -459,13 +477,7 @@ function verbs.begin()
   for i = 6, #ARGV do
     local unit = ARGV[i]
     local step, lo = split(unit)
-    local done
-    if lo then
-      done = ENDED[call('HGET', STATES, step) or '']
-    else
-      done = ENDED[call('HGET', STATES, unit) or '']
-    end
-    if not done then
+    if not ENDED[call('HGET', STATES, step) or ''] then
       if not lo then
         if not call('HGET', STATES, unit) then return { 'early' } end
         -- no unit, but a field or an item that somebody has named in a message
@@ -509,10 +521,7 @@ function verbs.complete()
     if PUTS_OFF[state] and is_stopping() then state = 'cancelled' end
     if state == 'waiting' then
       call('HSET', STATES, 'w:' .. slot, payload)
-      if is_stopping() then
-        call('ZADD', OUTBOX, NOW, '^cancel:' .. slot)
-        ready[#ready + 1] = '^cancel:' .. slot
-      end
+      if is_stopping() then chore('^cancel:' .. slot, ready) end
     elseif PUTS_OFF[state] then
       put_off_to = state
     else
@@ -584,7 +593,7 @@ end
 function verbs.resolve()
   local step, index, attempt, child, state, payload, tail, delay_ms =
     ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
-  local slot = index >= 0 and (step .. '/' .. int(index)) or step
+  local slot = slot_at(step, index)
   if call('HGET', STATES, slot) ~= 'running' or not is_in_flight() then return { 'done', {}, {} } end
   if attempt ~= 1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0) then return { 'done', {}, {} } end
   call('ZREM', OUTBOX, '^await:' .. slot, '^cancel:' .. slot)
@@ -640,9 +649,14 @@ end
 local function stop_child(slot, ready) -- false unless it waits for a nested run, which is to be cancelled then
   local child = call('HGET', STATES, 'w:' .. slot)
   if not child or child == '~' then return false end
-  call('ZADD', OUTBOX, NOW, '^cancel:' .. slot)
-  ready[#ready + 1] = '^cancel:' .. slot
+  chore('^cancel:' .. slot, ready)
   return true
+end
+
+local function stop_slot(step, slot, state, ready) -- the record of what was begun says so
+  if state ~= 'running' then return end
+  close_record(slot, 'cancelled', '')
+  cancel_nested(step, slot, ready)
 end
 
 local function stop_items(step, n, busy, ready)
@@ -651,10 +665,7 @@ local function stop_items(step, n, busy, ready)
     local slot = step .. '/' .. int(i)
     local state = call('HGET', STATES, slot) or ''
     if not ENDED[state] and not busy[slot] and not stop_child(slot, ready) then
-      if state == 'running' then
-        close_record(slot, 'cancelled', '')
-        cancel_nested(step, slot, ready)
-      end
+      stop_slot(step, slot, state, ready)
       call('HSET', STATES, slot, 'cancelled')
       stopped = stopped + 1
     end
@@ -672,9 +683,7 @@ local function stop(cause, ready)
   call('HSET', RUN, 'stopping', cause)
   stopping = cause
   local busy = in_work()
-  for _, row in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do
-    if not string.find(row, '^[!^]') then call('ZREM', OUTBOX, row) end
-  end
+  drop_units()
   call('DEL', TIMERS)
   local phase = call('HGET', RUN, 'phase') or ''
   if phase == '' and (tonumber(call('HGET', RUN, 'left')) or 0) == 0 then -- all but the run's output is there
@@ -691,10 +700,7 @@ local function stop(cause, ready)
       if fields[2] then
         stop_items(step, tonumber(fields[2]), busy, ready)
       elseif not busy[step] and not stop_child(step, ready) then
-        if state == 'running' then
-          close_record(step, 'cancelled', '')
-          cancel_nested(step, step, ready)
-        end
+        stop_slot(step, step, state, ready)
         settle(step, 'cancelled', ready)
       end
     end
@@ -729,9 +735,8 @@ function verbs.fire()
       if member == DEADLINE then
         stop('timeout', ready)
       elseif slot then
-        local step, index = string.match(slot, '^(.-)/(%d+)$')
         call('HDEL', STATES, 'w:' .. slot)
-        end_slot(step or slot, tonumber(index or -1), 'succeeded', '', ready)
+        end_named(slot, 'succeeded', ready)
       else
         call('HSET', STATES, slot_of(member), 'queued')
         ready[#ready + 1] = member
@@ -755,8 +760,7 @@ local function lose(unit, reason, ready)
   call('HINCRBY', ATTEMPTS, slot .. '#l', 1)
   if is_stopping() and slot ~= END then
     if ENDED[call('HGET', STATES, slot) or ''] then return end -- its nested run was quicker than who began it
-    local step, index = string.match(slot, '^(.-)/(%d+)$')
-    end_slot(step or slot, tonumber(index or -1), 'cancelled', '', ready)
+    end_named(slot, 'cancelled', ready)
   else
     ready[#ready + 1] = unit
   end
@@ -918,6 +922,12 @@ end
 -- So long who reopens a run has for the nested ones, and again whenever it says that it is still at it (verbs.hold_back).
 local AWAIT_MS = 8000
 
+local function wait_again(slot, child) -- for a nested run that goes on
+  new_budget(slot)
+  call('HSET', STATES, slot, 'running', 'w:' .. slot, child)
+  call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. slot)
+end
+
 local function reopen_items(step, how, ready) -- how: {items: [index], waits: {index: child}, parallel}
   local n = tonumber(call('HGET', STATES, 'n:' .. step))
   local again, count = {}, 0
@@ -933,12 +943,7 @@ local function reopen_items(step, how, ready) -- how: {items: [index], waits: {i
       ready[#ready + 1] = new_part(step, i, i + 1)
     end
   end
-  for i, child in pairs(how.waits) do
-    local slot = step .. '/' .. i
-    new_budget(slot)
-    call('HSET', STATES, slot, 'running', 'w:' .. slot, child)
-    call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. slot)
-  end
+  for i, child in pairs(how.waits) do wait_again(step .. '/' .. i, child) end
   call('HDEL', STATES, 'b:' .. step, 'x:' .. step)
   if how.parallel > 0 then
     call('HSET', STATES, 'c:' .. step, int(n))
@@ -1001,20 +1006,13 @@ function verbs.reopen()
   end
   local ready = {}
   for _, step in ipairs(how.reset) do forget(step) end
-  for step, child in pairs(how.waits) do
-    new_budget(step)
-    call('HSET', STATES, step, 'running', 'w:' .. step, child)
-    call('ZADD', OUTBOX, NOW + AWAIT_MS, '^await:' .. step)
-  end
+  for step, child in pairs(how.waits) do wait_again(step, child) end
   for step, items in pairs(how.items) do
     new_budget(step)
     reopen_items(step, items, ready)
   end
   for slot, payload in pairs(how.mended) do call('HSET', ATTEMPTS, slot .. '#m', payload) end
-  for _, slot in ipairs(how.failed) do
-    call('ZADD', OUTBOX, NOW, '!' .. slot)
-    ready[#ready + 1] = '!' .. slot
-  end
+  for _, slot in ipairs(how.failed) do chore('!' .. slot, ready) end
   call('HSET', RUN, 'left', int(recount()))
   if call('HGET', RUN, 'left') == '0' then
     end_phase(ready)
