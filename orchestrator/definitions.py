@@ -24,10 +24,12 @@ from orchestrator import schema
 from orchestrator.durations import parse_duration as parse_duration
 from orchestrator.errors import ExpressionError, Fault, shorten
 from orchestrator.expressions import parse
+from orchestrator.on_schema import OnEntry
 from orchestrator.patterns import EventPattern, PatternError
 from orchestrator.schema import File, Place, kind_of, shape_faults, take_out
 from orchestrator.schema import json_schema as json_schema
-from orchestrator.workflows import On, OnEvent, Param, Phase, Step, TriggerRule, Workflow
+from orchestrator.subscriptions import On, OnEvent, kind_of_on
+from orchestrator.workflows import Param, Phase, Step, TriggerRule, Workflow
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000  # counted after aliases are written out, so that few bytes cannot become many values
@@ -199,16 +201,19 @@ class _Reading:
             has_output="output" in given,
         )
 
-    def _on(self, on: schema.On, place: Place) -> On | None:
-        if on.file is not None and on.event is None:
-            return on.file.build()
-        if on.event is not None and on.file is None:
-            for path, message in pattern_faults(on.event):
-                self.fault((*place, "event", *filter(None, path.split("."))), message)
-            return OnEvent(pattern=on.event)
-        if not any(known[: len(place)] == place for known in self.at_fault):
-            self.fault(place, "must have one of the keys `file`, `event`; write one entry for each")
-        return None
+    def _on(self, on: OnEntry, place: Place) -> On | None:
+        found = on.build()
+        if found is None:
+            if not any(known[: len(place)] == place for known in self.at_fault):
+                kinds = ", ".join(f"`{kind}`" for kind in OnEntry.model_fields)
+                self.fault(place, f"must have one of the keys {kinds}; write one entry for each")
+            return None
+        pattern = getattr(found, "pattern", None)
+        if pattern is not None:
+            where = (kind_of_on(found),) if isinstance(found, OnEvent) else (kind_of_on(found), "pattern")
+            for path, message in pattern_faults(pattern):
+                self.fault((*place, *where, *filter(None, path.split("."))), message)
+        return found
 
     def _param(self, param: Param, place: Place) -> Param:
         if param.is_required:

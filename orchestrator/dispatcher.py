@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import EVENT_QUEUE
@@ -23,15 +22,11 @@ from orchestrator.patterns import EventPattern
 from orchestrator.plan import Plan
 from orchestrator.runs import StepError, run_id
 from orchestrator.service import Service
+from orchestrator.subscriptions import OnEvent, OnFile, file_source
 from orchestrator.telemetry import Outage, bound, get_logger
-from orchestrator.workflows import OnEvent, OnFile, Workflow
+from orchestrator.workflows import Workflow
 
 log = get_logger(__name__)
-
-
-def file_source(workflow: str, path: str) -> str:
-    """Return the source of the events of a workflow's watched folder."""
-    return f"file://{quote(path)}?workflow={quote(workflow)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class EmbeddedServer:
             if not _is_free(self._host, self._wanted_port):
                 raise AlreadyRunningError(
                     f"port {self._wanted_port} on {self._host} is in use; "
-                    "stop what listens there, or choose another with --port"
+                    "stop what listens there, or set server_port to another"
                 )
             return self._wanted_port
         if kept and _is_free(self._host, kept):

@@ -18,6 +18,15 @@ SPEC_VERSION = "1.0"
 
 FILE_CREATED = "orchestrator.file.created"
 MANUAL = "orchestrator.manual"
+S3_EVENTS = {"created": "orchestrator.s3.object.created", "removed": "orchestrator.s3.object.removed"}
+WEBHOOK_RECEIVED = "orchestrator.webhook.received"
+SCHEDULE_DUE = "orchestrator.schedule.due"
+QUEUE_MESSAGE = "orchestrator.queue.message"
+RUN_EVENTS = {state: f"orchestrator.run.{state}" for state in ("succeeded", "failed", "cancelled")}
+
+#: Extension attributes of ours, which nobody else may set: the trigger that an event came by, the id of the event that
+#: caused it, and how many runs there were between it and the first cause.
+TRIGGER, CAUSATION, HOPS = "trigger", "causationid", "hops"
 
 _ATTRIBUTES = {"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "data"}
 
@@ -36,6 +45,12 @@ class Event:
     subject: str | None = None
     data: Any = None
     extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hops(self) -> int:
+        """How many runs there were between this event and the first that caused it."""
+        hops = self.extensions.get(HOPS, 0)
+        return hops if isinstance(hops, int) and not isinstance(hops, bool) else 0
 
     @property
     def key(self) -> str:
@@ -98,3 +113,15 @@ def digest(*parts: str) -> str:
         hasher.update(len(encoded).to_bytes(8, "big"))
         hasher.update(encoded)
     return hasher.hexdigest()[:40]
+
+
+def foreign_fault(event: Event) -> str | None:
+    """Say why an event cannot come from outside (a webhook, a queue, the API): it claims to be one of ours."""
+    if event.type.startswith("orchestrator."):
+        return f"event: types that begin with `orchestrator.` are not for others to use, as {event.type!r}"
+    if event.source.startswith(("orchestrator:", "file://")):
+        return f"event: sources that begin with `orchestrator:` or `file://` are not for others, as {event.source!r}"
+    for name in (TRIGGER, CAUSATION, HOPS):
+        if name in event.extensions:
+            return f"event: the attribute {name!r} is not for others to set"
+    return None

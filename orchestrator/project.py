@@ -35,8 +35,9 @@ from orchestrator.modules import resolve_task as resolve_task
 from orchestrator.schema import nearest
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
+from orchestrator.subscriptions import On, OnFile
 from orchestrator.tracing import Task, WorkflowFunction
-from orchestrator.workflows import Defaults, On, OnFile, Step, Workflow, find_cycle
+from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
 LOAD_TIMEOUT_S = 60.0
 

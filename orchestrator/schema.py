@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator import workflows
-from orchestrator.durations import parse_duration
 from orchestrator.errors import nearest as nearest
 from orchestrator.errors import one_of, shorten
+from orchestrator.on_schema import OnEntry, on_model
 from orchestrator.retries import MOST_ATTEMPTS, Jitter, RetryPolicy, read_policy
-from orchestrator.workflows import DEFAULT_POOL, OnFile, Param
-
-#: Triggers of later versions: known, so that the answer is not "unknown key".
-LATER_TRIGGERS = frozenset({"s3", "webhook", "schedule", "queue", "run"})
+from orchestrator.shapes import DURATION_SCHEMA, SIZE_SCHEMA, Model, Timeout, parse_size
+from orchestrator.workflows import DEFAULT_POOL, Param
 
 Place = tuple[str, ...]
 
-_SIZE = re.compile(r"(\d+)\s*(B|[KMG]i?B|)\Z", re.IGNORECASE | re.ASCII)
-_SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
 _LEAST_MEMORY, _MOST_MEMORY = 10**6, 10**15
-
-
-def parse_size(size: str | int) -> int:
-    """Return a number of bytes: 10KB is 10 000, 10KiB is 10 240. Raises ValueError for anything else."""
-    match = _SIZE.match(size) if isinstance(size, str) else None
-    if match:
-        return int(match[1]) * _SIZE_UNITS[match[2].lower()]
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ValueError(f"must be a number of bytes, or text such as 10KB or 1MiB, not {size!r}")
-    return size
-
-
-def parse_timeout(value: str | float) -> float:
-    """Return the seconds of a timeout. Raises ValueError for what is no duration, and for 0."""
-    seconds = parse_duration(value).total_seconds()
-    if not seconds:
-        raise ValueError(f"must be more than 0, not {value!r}")
-    return seconds
 
 
 def parse_memory(value: str | int) -> int:
@@ -70,21 +45,15 @@ def _long_param(value: object) -> object:
 
 
 _TYPE_NAMES: tuple[str, ...] = get_args(get_args(Param.model_fields["type"].annotation)[0])
-_DURATION: dict[str, Any] = {
-    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^[0-9.]+ *(ms|[smhd])?$"}]
-}
-_SIZE_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]+ *([kKmMgG]i?)?[bB]?$"}]
-}
 _ATTEMPTS = {"type": "integer", "minimum": 1, "maximum": MOST_ATTEMPTS}
 _ERRORS = {"type": "array", "items": {"type": "string"}}
 _RETRY_FIELDS: dict[str, dict[str, Any]] = {
     "maximum_attempts": {"description": "How many attempts, the first one included.", "default": 3, **_ATTEMPTS},
-    "initial_interval": {"description": "Pause after the first attempt.", "default": "1s", **_DURATION},
+    "initial_interval": {"description": "Pause after the first attempt.", "default": "1s", **DURATION_SCHEMA},
     "backoff_coefficient": {
         "description": "What the pause grows by with each attempt.", "default": 2, "type": "number", "minimum": 1
     },
-    "maximum_interval": {"description": "What the pause does not grow beyond.", "default": "5m", **_DURATION},
+    "maximum_interval": {"description": "What the pause does not grow beyond.", "default": "5m", **DURATION_SCHEMA},
     "jitter": {
         "description": "What of a pause is left to chance: all of it, its second half, nothing.",
         "default": "full",
@@ -93,12 +62,6 @@ _RETRY_FIELDS: dict[str, dict[str, Any]] = {
     "non_retryable_errors": {"description": "Errors, by class or base class, that are not tried again.", **_ERRORS},
     "retryable_errors": {"description": "The only errors that are tried again; else all are.", **_ERRORS},
 }  # fmt: skip
-_Seconds = Annotated[
-    float | None,
-    PlainValidator(lambda value: parse_duration(value).total_seconds()),
-    WithJsonSchema(_DURATION),
-]
-_Bytes = Annotated[int, PlainValidator(parse_size), WithJsonSchema(_SIZE_SCHEMA)]
 _Retry = Annotated[
     RetryPolicy | None,
     PlainValidator(_policy),
@@ -106,8 +69,7 @@ _Retry = Annotated[
         {"anyOf": [_ATTEMPTS, {"type": "object", "additionalProperties": False, "properties": _RETRY_FIELDS}]}
     ),
 ]
-_Timeout = Annotated[float | None, PlainValidator(parse_timeout), WithJsonSchema(_DURATION)]
-_Memory = Annotated[int | None, PlainValidator(parse_memory), WithJsonSchema(_SIZE_SCHEMA)]
+_Memory = Annotated[int | None, PlainValidator(parse_memory), WithJsonSchema(SIZE_SCHEMA)]
 _Sleep = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})]
 _Until = Annotated[Any, WithJsonSchema({"type": "string"})]
 _Foreach = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array"}, {"type": "string"}]})]
@@ -115,49 +77,11 @@ _If = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boo
 _Param = Annotated[Param, BeforeValidator(_long_param, json_schema_input_type=Param | Literal[_TYPE_NAMES])]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _has_value(cls, value: object, info: Any) -> object:
-        if value is None and info.field_name != "output":
-            raise PydanticCustomError("no_value", "has no value; give it one, or take the key away")
-        return value
-
-
-class FileTrigger(_Model):
-    """Start a run for each file that has arrived in a folder."""
-
-    path: str = Field(min_length=1, description="Folder to watch; relative to the project. `~` is your home.")
-    glob: str = Field(default="*", min_length=1, description="Which file names count, such as `*.csv`.")
-    recursive: bool = Field(default=False, description="Whether folders within the folder are watched too.")
-    settle: _Seconds = Field(default=None, description="How long a file must stay as it is: seconds, 500ms, 1s, 5m.")
-    min_size: _Bytes = Field(default=0, description="Least size: bytes, or 10KB (10 000), 10KiB (10 240), 1MB, ...")
-    marker: str | None = Field(
-        default=None, min_length=1, description="With `.done`, x.csv counts once x.csv.done exists."
-    )
-    polling: bool = Field(default=False, description="List the folder instead of being told; for network drives.")
-
-    def build(self) -> OnFile:
-        """Return the domain's form of it."""
-        return OnFile(**self.model_dump(exclude={"settle"}), settle_s=self.settle)
-
-
-class On(_Model):
-    """One thing that starts runs."""
-
-    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
-
-    file: FileTrigger | None = Field(default=None, description=(FileTrigger.__doc__ or ""))
-    event: dict[str, Any] | None = Field(default=None, description="EventBridge-style pattern of events.")
-
-
-class Defaults(_Model):
+class Defaults(Model):
     """What `[defaults]` of a project and `@task` can say of steps."""
 
     retry: _Retry = None
-    timeout: _Timeout = None
+    timeout: Timeout = None
     memory: _Memory = None
 
     def build(self) -> workflows.Defaults:
@@ -165,7 +89,7 @@ class Defaults(_Model):
         return workflows.Defaults(retry=self.retry, timeout_s=self.timeout, memory=self.memory)
 
 
-class Step(_Model):
+class Step(Model):
     """One step: a task to call, a workflow to run, or a time to wait for."""
 
     model_config = ConfigDict(
@@ -191,21 +115,21 @@ class Step(_Model):
         default="all_success", description="When the step may start, given how the steps before it ended."
     )
     retry: _Retry = Field(default=None, description="How often a failed attempt is tried again; a number for short.")
-    timeout: _Timeout = Field(default=None, description="How long one attempt may take: seconds, 500ms, 1s, 5m.")
+    timeout: Timeout = Field(default=None, description="How long one attempt may take: seconds, 500ms, 1s, 5m.")
     memory: _Memory = Field(default=None, description="How much memory an attempt may use: bytes, 512MB, 2GiB.")
     pool: str = Field(default=DEFAULT_POOL, min_length=1, description="Worker pool that runs the step.")
     description: str = Field(default="", description="For people.")
 
 
-class File(_Model):
+class File(Model):
     """A workflow."""
 
     workflow: str = Field(description="Name of the workflow; unique in the project.")
     description: str = Field(default="", description="For people.")
-    on: list[On] = Field(default=[], description="What starts runs.")
+    on: list[OnEntry] = Field(default=[], description="What starts runs.")
     params: dict[str, _Param] = Field(default={}, description="Typed parameters; `name: string` for short.")
     retry: _Retry = Field(default=None, description="What steps without a `retry` of their own take.")
-    timeout: _Timeout = Field(default=None, description="How long a run may take: seconds, 500ms, 1s, 5m.")
+    timeout: Timeout = Field(default=None, description="How long a run may take: seconds, 500ms, 1s, 5m.")
     steps: dict[str, Step] = Field(description="The steps, by id.", json_schema_extra={"minProperties": 1})
     on_failure: dict[str, Step] = Field(
         default={}, min_length=1, description="Steps that run when the run has failed; may read `run.failures`."
@@ -258,24 +182,19 @@ def take_out(data: Any, loc: tuple[int | str, ...]) -> None:
             holders.append(holders[-1][part])
     except (LookupError, TypeError):
         return  # it went with something around it
-    while isinstance(holders[-1], list) and around[-1] != "on":  # a list of names goes as a whole
+    while isinstance(holders[-1], list | str) and around[-1] != "on":  # a list of names goes as a whole
         holders.pop()
         last = around.pop()
     if loc in (("workflow",), ("steps",)):
         holders[-1][last] = "" if last == "workflow" else {}
-    elif (loc[0] == "on" and loc[-2:] == ("file", "path")) or (
-        len(loc) == 3 and loc[0] in _PHASES and last in ("task", "workflow", "sleep", "until")
-    ):
+    elif loc[0] == "on" and len(loc) > 2 and (len(loc) == 3 or last not in holders[-1]):  # it cannot be without
+        data["on"][loc[1]] = {}
+    elif len(loc) == 3 and loc[0] in _PHASES and last in ("task", "workflow", "sleep", "until"):
         holders[-1][last] = "?"
     elif isinstance(holders[-1], list) or (len(loc) == 2 and loc[0] in _PHASES):
         holders[-1][last] = {}
     else:
         holders[-1].pop(last, None)
-
-
-def later(trigger: str) -> str | None:
-    """Say that a trigger belongs to a later version; None if it does not."""
-    return f"the {trigger} trigger is not yet in force" if trigger in LATER_TRIGGERS else None
 
 
 _SHAPES = {
@@ -307,7 +226,7 @@ def _shape_message(place: Place, error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key, known = place[-1], _known_keys(place[:-1])
-        return (later(key) if place[0] == "on" else None) or f"unknown key {key!r}; {nearest(key, known)}"
+        return f"unknown key {key!r}; {nearest(key, known)}"
     if kind == "missing":
         return "is required, and is missing"
     if kind in _SHAPES:
@@ -323,6 +242,6 @@ def _shape_message(place: Place, error: ErrorDetails) -> str:
 def _known_keys(place: Place) -> list[str]:
     model: type[BaseModel] = File
     if place:
-        models = {"on": On if len(place) == 2 else FileTrigger, "params": Param, "defaults": Defaults}
-        model = models.get(place[0], Step)
+        models: dict[str, type[BaseModel]] = {"params": Param, "defaults": Defaults}
+        model = on_model(place) if place[0] == "on" else models.get(place[0], Step)
     return [field.alias or name for name, field in model.model_fields.items()]

@@ -56,11 +56,22 @@ class Settings:
     blobs_url: str = ""
     #: When the embedded server writes to disk: `everysec` or `always`.
     fsync: str = "everysec"
-    #: Address and port of the embedded server; port 0 takes a free one and keeps it.
+    #: Address and port of the gateway: webhooks and the API; port 0 takes a free one and keeps it.
     host: str = "127.0.0.1"
     port: int = 0
-    #: How long runs and events are kept after they have ended.
+    #: Address and port of its health and metrics.
+    health_host: str = "127.0.0.1"
+    health_port: int = 0
+    #: Address and port of the embedded server.
+    server_host: str = "127.0.0.1"
+    server_port: int = 0
+    #: How long runs are kept after they have ended.
     retention_s: int = 30 * 86400
+    #: How long events are kept, and how many at most.
+    events_retention_s: int = 30 * 86400
+    events_maximum: int = 100_000
+    #: How many runs may lie between an event and its first cause; then it is a dead letter.
+    maximum_hops: int = 16
     #: How long dead letters are kept.
     dead_letters_retention_s: int = 30 * 86400
     #: How long an event is recognised when it comes again.
@@ -130,10 +141,12 @@ class Settings:
             problems.append("broker_url is set but ledger_url is not; set it to the redis:// URL of the ledger")
         if not values.get("blobs_url", "file://").startswith("file://"):
             problems.append("blobs_url must be a file:// URL")
-        if not 0 <= values.get("port", 0) <= 65535:
-            problems.append(f"port must be at most 65535, not {values['port']}")
-        if not values.get("host", "x").strip():
-            problems.append("host must not be empty; 127.0.0.1 is this machine alone")
+        for name in ("port", "health_port", "server_port"):
+            if not 0 <= values.get(name, 0) <= 65535:
+                problems.append(f"{name} must be at most 65535, not {values[name]}")
+        for name in ("host", "health_host", "server_host"):
+            if not values.get(name, "x").strip():
+                problems.append(f"{name} must not be empty; 127.0.0.1 is this machine alone")
         if not _DSN.match(values.get("sentry_dsn", "")):
             problems.append("sentry_dsn must be env:NAME, file:PATH or a DSN as https://KEY@HOST/PROJECT")
         problems += [problem for name in ("broker_url", "ledger_url") for problem in _url_problems(name, values)]

@@ -40,22 +40,13 @@ from orchestrator import schema
 from orchestrator.definitions import Definition, Lines, pattern_faults
 from orchestrator.errors import DefinitionError, ExpressionError, Fault, TracingError, definition_error
 from orchestrator.expressions import references
+from orchestrator.on_schema import OnEntry
 from orchestrator.outputs import Output, Outputs
 from orchestrator.retries import RetryPolicy
-from orchestrator.schema import FileTrigger, Place, later, nearest, shape_faults
+from orchestrator.schema import Place, nearest, shape_faults
 from orchestrator.signatures import CONTEXT, argument_faults, param_of, parameters_of
-from orchestrator.workflows import (
-    DEFAULT_POOL,
-    Defaults,
-    On,
-    OnEvent,
-    OnFile,
-    Param,
-    Phase,
-    Step,
-    TriggerRule,
-    Workflow,
-)
+from orchestrator.subscriptions import On, OnEvent
+from orchestrator.workflows import DEFAULT_POOL, Defaults, Param, Phase, Step, TriggerRule, Workflow
 
 #: Parameters of a workflow function that are not parameters of the workflow.
 SPECIAL = ("event", "run")
@@ -275,40 +266,70 @@ def _defaults(what: str, options: Mapping[str, Any], known: tuple[str, ...]) -> 
     return defaults
 
 
-def _faults_of(exc: ValidationError, what: str, around: Place = ()) -> list[tuple[str, str]]:
-    """Return (field, message) for what pydantic found wrong in a call of `what`."""
+def _faults_of(exc: ValidationError, what: str, around: Place = (), within: str = "") -> list[tuple[str, str]]:
+    """Return (field, message) for what pydantic found wrong in a call of `what`; `within`: what it was given in."""
+    skip = len(around) + bool(within)
     return [
-        (f"{what}.{'.'.join(place[len(around) :])}", message)
+        (f"{what}.{'.'.join(place[skip:])}".rstrip("."), message)
         for error in exc.errors(include_url=False)
         for place, message in shape_faults((*around, *map(str, error["loc"])), error)
     ]
 
 
 class _OnFactory:
-    """`on.file(...)`, `on.event(...)`: what starts runs of a workflow."""
+    """`on.file(...)`, `on.event(...)` and so on: what starts runs of a workflow. The options are those of YAML."""
 
-    def file(self, path: str | os.PathLike[str], glob: str = "*", **options: Any) -> OnFile:
-        """Start for each file that arrives in a folder.
-
-        The options are YAML's: recursive, settle, min_size, marker, polling.
-        """
-        try:
-            return FileTrigger.model_validate({"path": os.fspath(path), "glob": glob, **options}).build()
-        except ValidationError as exc:
-            raise definition_error(*_faults_of(exc, "on.file", ("on", "0", "file"))) from None
+    def file(self, path: str | os.PathLike[str], glob: str = "*", **options: Any) -> On:
+        """Start for each file that arrives in a folder."""
+        return _subscription("file", {"path": os.fspath(path), "glob": glob, **options})
 
     def event(self, pattern: Mapping[str, Any]) -> OnEvent:
         """Start for each event that matches an EventBridge-style pattern."""
-        faults = [(f"on.event.{path}".rstrip("."), message) for path, message in pattern_faults(pattern)]
-        if faults:
-            raise definition_error(*faults)
+        _check_pattern("on.event", pattern)
         return OnEvent(pattern=pattern)
 
+    def s3(self, bucket: str, **options: Any) -> On:
+        """Start for each object that is made in a bucket, or removed from it."""
+        return _subscription("s3", {"bucket": bucket, **options})
+
+    def webhook(self, path: str, **options: Any) -> On:
+        """Start for each delivery to /hooks/{path}."""
+        return _subscription("webhook", {"path": path, **options})
+
+    def schedule(self, **options: Any) -> On:
+        """Start at due times."""
+        return _subscription("schedule", options)
+
+    def queue(self, url: str, queue: str, **options: Any) -> On:
+        """Start for each message of a queue that somebody else fills."""
+        return _subscription("queue", {"url": url, "queue": queue, **options})
+
+    def run(self, workflow: str | Sequence[str], **options: Any) -> On:
+        """Start when a run of another workflow has ended."""
+        names = workflow if isinstance(workflow, str) else list(workflow)
+        return _subscription("run", {"workflow": names, **options})
+
     def __getattr__(self, name: str) -> Any:
-        message = later(name)
-        if message is None:
-            raise AttributeError(f"on: unknown trigger {name!r}; {nearest(name, ('file', 'event'))}")
-        raise definition_error((f"on.{name}", message))
+        raise AttributeError(f"on: unknown trigger {name!r}; {nearest(name, OnEntry.model_fields)}")
+
+
+def _subscription(kind: str, given: Mapping[str, Any]) -> On:
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    try:
+        found = OnEntry.model_validate({kind: options}).build()
+    except ValidationError as exc:
+        raise definition_error(*_faults_of(exc, f"on.{kind}", ("on", "0"), kind)) from None
+    assert found is not None
+    pattern = getattr(found, "pattern", None)
+    if pattern is not None:
+        _check_pattern(f"on.{kind}.pattern", pattern)
+    return found
+
+
+def _check_pattern(what: str, pattern: Mapping[str, Any]) -> None:
+    faults = [(f"{what}.{path}".rstrip("."), message) for path, message in pattern_faults(pattern)]
+    if faults:
+        raise definition_error(*faults)
 
 
 on = _OnFactory()
@@ -550,9 +571,9 @@ class _Tracer:
 
     def _on(self) -> tuple[On, ...]:
         for number, entry in enumerate(self._target.on):
-            if not isinstance(entry, OnFile | OnEvent):
-                self._fault(("on", str(number)), f"must be on.file(...) or on.event(...), not {entry!r}")
-        return tuple(entry for entry in self._target.on if isinstance(entry, OnFile | OnEvent))
+            if not isinstance(entry, On):
+                self._fault(("on", str(number)), f"must be on.file(...), on.event(...) or the like, not {entry!r}")
+        return tuple(entry for entry in self._target.on if isinstance(entry, On))
 
     def _fault(self, place: Place, message: str, line: int | None = None) -> None:
         line = line or self._lines.at(place)

@@ -22,6 +22,7 @@ from orchestrator.errors import ExpressionError, InputError, shorten
 from orchestrator.errors import unknown as unknown
 from orchestrator.expressions import References, evaluate, references
 from orchestrator.retries import RetryPolicy
+from orchestrator.subscriptions import On, on_faults, on_from_json, on_to_json
 
 DEFAULT_POOL = "default"
 #: What expressions may read of `run`: everywhere, and besides in the steps of hooks, when the run has an outcome.
@@ -300,41 +301,6 @@ class Param(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnFile:
-    """`on: - file:`: start for each file that has arrived in a folder (triggers/files.py)."""
-
-    path: str
-    glob: str = "*"
-    recursive: bool = False
-    settle_s: float | None = None
-    min_size: int = 0
-    marker: str | None = None
-    polling: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnEvent:
-    """`on: - event:`: start for each event that matches an EventPattern (patterns.py)."""
-
-    pattern: Mapping[str, Any]
-
-
-On = OnFile | OnEvent
-
-
-def on_to_json(on: On) -> dict[str, Any]:
-    """Return one entry of `on:` as plain JSON."""
-    if isinstance(on, OnEvent):
-        return {"event": dict(on.pattern)}
-    return {"file": {name: getattr(on, name) for name in OnFile.__dataclass_fields__}}
-
-
-def on_from_json(body: Mapping[str, Any]) -> On:
-    """Read what `on_to_json` wrote."""
-    return OnEvent(pattern=body["event"]) if "event" in body else OnFile(**body["file"])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Workflow:
     """A definition: a graph of steps, the events that start it, its parameters and its output.
 
@@ -435,6 +401,8 @@ class Workflow:
         if not any(step.phase is Phase.STEPS for step in self.steps):
             found.append((("steps",), "a workflow needs at least one step"))
         found += self._param_faults()
+        for number, on in enumerate(self.on):
+            found += [(("on", str(number), *place), message) for place, message in on_faults(on)]
         phases: dict[str, Phase] = {}
         graph: dict[str, tuple[str, ...]] = {}
         for step in self.steps:

@@ -29,7 +29,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -39,7 +39,9 @@ from typing import Protocol, TypeVar
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import FILE_CREATED, Event
+from orchestrator.subscriptions import OnFile, file_source
 from orchestrator.telemetry import Outage, get_logger
+from orchestrator.workflows import Workflow
 from triggers.folder import Folder, Names, is_gone
 from triggers.observation import Observation
 from triggers.settling import QUIET_S, Settling, Sight, Verdict, Version
@@ -441,3 +443,25 @@ def _rfc3339_of_ns(mtime_ns: int) -> str:
         return _rfc3339(datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=mtime_ns // 1000))
     except OverflowError:
         return _rfc3339(datetime.max.replace(tzinfo=UTC))
+
+
+def file_triggers(
+    workflows: Iterable[Workflow], *, marks: Marks, emit: Callable[[Sequence[Event]], None], rescan_s: float
+) -> dict[Hashable, Callable[[], FileTrigger]]:
+    """Return what makes a trigger for each folder that is watched, by its watch."""
+    watches = {
+        FileWatch(
+            source=file_source(workflow.name, on.path),
+            path=Path(on.path),
+            glob=on.glob,
+            recursive=on.recursive,
+            settle_s=on.settle_s,
+            min_size=on.min_size,
+            marker=on.marker,
+            polling=on.polling,
+        )
+        for workflow in workflows
+        for on in workflow.on
+        if isinstance(on, OnFile)
+    }
+    return {watch: partial(FileTrigger, watch, marks=marks, emit=emit, rescan_s=rescan_s) for watch in watches}

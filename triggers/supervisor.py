@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Protocol
 
-from orchestrator.dispatcher import file_source
-from orchestrator.events import Event
-from orchestrator.workflows import OnFile, Workflow
-from triggers.files import FileTrigger, FileWatch, Marks
+from orchestrator.workflows import Workflow
+
+
+class Trigger(Protocol):
+    """Something that emits events, in threads of its own, from `start` to `stop`; both are idempotent."""
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+
+    def stop(self) -> None:
+        """End; returns when nothing will be emitted any more."""
+
+
+#: What a kind of trigger is to the supervisor: from the definitions, what to run, by a key that says all about it.
+Kind = Callable[[Iterable[Workflow]], Mapping[Hashable, Callable[[], Trigger]]]
 
 
 class TriggerSupervisor:
     """Starts and stops triggers as definitions come and go. Not safe to share between threads."""
 
-    def __init__(self, *, marks: Marks, emit: Callable[[Sequence[Event]], None], rescan_s: float) -> None:
-        self._marks = marks
-        self._emit = emit
-        self._rescan_s = rescan_s
-        self._running: dict[FileWatch, FileTrigger] = {}
+    def __init__(self, kinds: Iterable[Kind]) -> None:
+        self._kinds = tuple(kinds)
+        self._running: dict[Hashable, Trigger] = {}
 
     def apply(self, workflows: Iterable[Workflow]) -> None:
-        """Make what runs what `workflows` ask for; a watch that has not changed goes on undisturbed."""
-        wanted = {watch for workflow in workflows for watch in _watches(workflow)}
-        for watch in [watch for watch in self._running if watch not in wanted]:
-            self._running.pop(watch).stop()
-        for watch in wanted - self._running.keys():
-            trigger = FileTrigger(watch, marks=self._marks, emit=self._emit, rescan_s=self._rescan_s)
-            self._running[watch] = trigger
-            trigger.start()
+        """Make what runs what `workflows` ask for; a trigger whose key has not changed goes on undisturbed."""
+        known = tuple(workflows)
+        wanted: dict[Hashable, Callable[[], Trigger]] = {}
+        for kind in self._kinds:
+            wanted |= kind(known)
+        for key in [key for key in self._running if key not in wanted]:
+            self._running.pop(key).stop()
+        for key in wanted.keys() - self._running.keys():
+            self._running[key] = wanted[key]()
+            self._running[key].start()
 
     def stop(self) -> None:
         """Stop every trigger; returns when they have stopped."""
         self.apply(())
-
-    @property
-    def watches(self) -> list[FileWatch]:
-        return list(self._running)
-
-
-def _watches(workflow: Workflow) -> list[FileWatch]:
-    return [
-        FileWatch(
-            source=file_source(workflow.name, on.path),
-            path=Path(on.path),
-            glob=on.glob,
-            recursive=on.recursive,
-            settle_s=on.settle_s,
-            min_size=on.min_size,
-            marker=on.marker,
-            polling=on.polling,
-        )
-        for on in workflow.on
-        if isinstance(on, OnFile)
-    ]

@@ -147,10 +147,8 @@ def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -
 def up(
     project: ProjectOption = None,
     data_dir: DataDirOption = None,
-    host: Annotated[str | None, typer.Option(help="Address of the embedded server.")] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port of the embedded server; else a free one, and then always it.")
-    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway; else a free one, and then always it.")] = None,
 ) -> int:
     """Run everything on this machine: the embedded server, the control process and a worker for each pool."""
     from orchestrator.cli.up import Up

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from orchestrator.settings import Settings
 from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
-from triggers.supervisor import TriggerSupervisor
+from triggers.files import file_triggers
+from triggers.supervisor import Kind, TriggerSupervisor
 
 log = get_logger(__name__)
 
@@ -110,6 +112,11 @@ def _care_of(engine: Engine) -> list[LeadingService]:
     return care
 
 
+def _kinds_of_trigger(engine: Engine, bus: EventBus) -> tuple[Kind, ...]:
+    settings = engine.settings
+    return (partial(file_triggers, marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s),)
+
+
 class Control:
     """Dispatcher and rescuer, or triggers, or both, until told to stop, or until `up`, if it has one, is gone."""
 
@@ -124,11 +131,7 @@ class Control:
         bus = EventBus(engine.app)
         self._dispatcher = Dispatcher(engine, bus, on_start=self._tell_start) if has_dispatcher else None
         self._care: list[LeadingService] = _care_of(engine) if has_dispatcher else []
-        self._triggers = (
-            TriggerSupervisor(marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s)
-            if has_triggers
-            else None
-        )
+        self._triggers = TriggerSupervisor(_kinds_of_trigger(engine, bus)) if has_triggers else None
         self._role = "control" if has_dispatcher and has_triggers else "dispatcher" if has_dispatcher else "trigger"
         self._began: dict[str, float] = {}
 

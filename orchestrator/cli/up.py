@@ -31,7 +31,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
-from orchestrator.workflows import OnFile
+from orchestrator.subscriptions import OnFile
 
 _POLL_S = 0.2
 #: Pause before a part that died is started again: the first, doubled each time that it dies young, and the longest.
@@ -184,7 +184,7 @@ class Up:
         data_dir = self._settings.data_dir
         self._server_lock = _stop_leftover(data_dir)
         server = EmbeddedServer(
-            data_dir, host=self._settings.host, port=self._settings.port, fsync=self._settings.fsync
+            data_dir, host=self._settings.server_host, port=self._settings.server_port, fsync=self._settings.fsync
         )
         command = server.prepare()
         output = (data_dir / "server" / "valkey.log").open("ab")

@@ -16,12 +16,12 @@ import redis
 
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import queue_name
-from orchestrator.dispatcher import file_source
 from orchestrator.engine import Engine
 from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.runs import RunState, run_id
 from orchestrator.settings import Settings
+from orchestrator.subscriptions import file_source
 from orchestrator.workflows import DEFAULT_POOL
 from tests.chaos.acts import Hand, InProcess, Operator
 from tests.chaos.processes import environment, server_url

@@ -25,7 +25,8 @@ from orchestrator.ledger.ledger import How
 from orchestrator.messages import fault_of, message_of
 from orchestrator.plan import Plan
 from orchestrator.redrive import Options, Redrive, Summary
-from orchestrator.workflows import OnEvent, Step, Workflow
+from orchestrator.subscriptions import OnEvent
+from orchestrator.workflows import Step, Workflow
 from tests.conftest import WorkerProcess, command, on_servers, wait_until
 
 QUEUE = queue_name("default")

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import EVENT_QUEUE
-from orchestrator.dispatcher import Dispatcher, file_source, manual_event
+from orchestrator.dispatcher import Dispatcher, manual_event
 from orchestrator.engine import Engine
 from orchestrator.events import FILE_CREATED, Event
 from orchestrator.expressions import parse
@@ -19,7 +19,8 @@ from orchestrator.ledger import keys
 from orchestrator.ledger.queries import Queries
 from orchestrator.rescuer import Rescuer
 from orchestrator.runs import RunState
-from orchestrator.workflows import OnEvent, OnFile, Param, Step, Workflow
+from orchestrator.subscriptions import OnEvent, OnFile, file_source
+from orchestrator.workflows import Param, Step, Workflow
 from tests.conftest import wait_until
 from tests.integration.conftest import Place
 

@@ -13,11 +13,12 @@ import redis
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.cli.doctor import examine
-from orchestrator.dispatcher import Dispatcher, file_source, manual_event
+from orchestrator.dispatcher import Dispatcher, manual_event
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import keys
 from orchestrator.settings import Settings
+from orchestrator.subscriptions import file_source
 from orchestrator.workflows import Step, Workflow
 from tests.conftest import Server, wait_until
 from triggers.files import FileTrigger, FileWatch

@@ -13,7 +13,8 @@ from orchestrator.definitions import json_schema, parse_duration, read_definitio
 from orchestrator.durations import parse_time
 from orchestrator.retries import Jitter, RetryPolicy
 from orchestrator.schema import parse_size
-from orchestrator.workflows import OnEvent, OnFile, Param, Phase, Step, TriggerRule, Workflow
+from orchestrator.subscriptions import OnEvent, OnFile
+from orchestrator.workflows import Param, Phase, Step, TriggerRule, Workflow
 from tests.unit.test_retries import POLICY
 
 GOOD = """\
@@ -303,12 +304,17 @@ STEPS = "steps: {a: {task: t:a}}\n"
         (HEAD + STEPS + "output: '{{ b }}'\n", "3: output: unknown step or name 'b'"),
         (HEAD + STEPS + "output: '{{ a'\n", "3: output: bad expression '{{ a'"),
         (HEAD + STEPS + "on: inbox\n", "3: on: must be a list, not 'inbox'"),
-        *(
-            (HEAD + STEPS + f"on:\n  - {name}: {{}}\n", f"4: on.0.{name}: the {name} trigger is not yet in force")
-            for name in ("s3", "webhook", "schedule", "queue", "run")
-        ),
+        (HEAD + STEPS + "on:\n  - s3: {}\n", "4: on.0.s3.bucket: is required, and is missing"),
+        (HEAD + STEPS + "on:\n  - s3: {bucket: A_b, poll: 1s}\n", "4: on.0.s3.bucket: 'A_b' cannot be a bucket"),
+        (HEAD + STEPS + "on:\n  - s3: {bucket: abc}\n", "4: on.0.s3: needs `queue:`"),
+        (HEAD + STEPS + "on:\n  - webhook: {path: 'a b'}\n", "4: on.0.webhook.path: 'a b' cannot be a path"),
+        (HEAD + STEPS + "on:\n  - webhook: {path: a, methods: BREW}\n", "4: on.0.webhook.methods: must be one of"),
+        (HEAD + STEPS + "on:\n  - schedule: {}\n", "4: on.0.schedule.cron: a schedule has exactly one of"),
+        (HEAD + STEPS + "on:\n  - queue: {url: 'ftp://x', queue: q}\n", "4: on.0.queue.url: must be one of"),
+        (HEAD + STEPS + "on:\n  - run: {workflow: a, state: done}\n", "4: on.0.run.state.0: must be one of"),
+        (HEAD + STEPS + "on:\n  - run: {workflow: a, pattern: {x: 1}}\n", "4: on.0.run.pattern.x: rules stand in an"),
         (HEAD + STEPS + "on:\n  - fil: {}\n", "4: on.0.fil: unknown key 'fil'; did you mean 'file'?"),
-        (HEAD + STEPS + "on:\n  - {}\n", "4: on.0: must have one of the keys `file`, `event`"),
+        (HEAD + STEPS + "on:\n  - {}\n", "4: on.0: must have one of the keys `file`, `event`, `s3`"),
         (HEAD + STEPS + "on:\n  - {file: {path: a}, event: {type: [a]}}\n", "4: on.0: must have one of the keys"),
         (HEAD + STEPS + "on:\n  - file: {glob: a}\n", "4: on.0.file.path: is required, and is missing"),
         (HEAD + STEPS + "on:\n  - file: {path: ''}\n", "4: on.0.file.path: must not be empty"),
@@ -497,8 +503,8 @@ def test_all_faults_of_a_file_come_at_once():
     )
     fields = [(fault.line, fault.field) for fault in read(text).faults]
     assert fields == [
-        (1, "workflow"), (2, "timeout"), (3, "on.0.s3"), (3, "on.1.event.a"), (4, "params.p"), (6, "steps.a.task"),
-        (6, "steps.a.retry.jitter"), (6, "steps.a.retry.n"),
+        (1, "workflow"), (2, "timeout"), (3, "on.0.s3.bucket"), (3, "on.1.event.a"), (4, "params.p"),
+        (6, "steps.a.task"), (6, "steps.a.retry.jitter"), (6, "steps.a.retry.n"),
         (7, "steps.b.if"), (7, "steps.b.with.x"), (8, "steps.c"), (9, "output"),
         (10, "finally.e.sleep"),
     ]  # fmt: skip
@@ -592,8 +598,8 @@ def test_the_schema_is_what_is_read():
         "task", "workflow", "sleep", "until", "with", "needs", "foreach", "max_parallel", "if", "trigger_rule",
         "retry", "timeout", "memory", "pool", "description",
     }  # fmt: skip
-    assert set(definitions["On"]["properties"]) == {"file", "event"}
-    for name in ("Step", "FileTrigger", "On"):
+    assert set(definitions["OnEntry"]["properties"]) == {"file", "event", "s3", "webhook", "schedule", "queue", "run"}
+    for name in ("Step", "FileTrigger", "WebhookTrigger", "ScheduleTrigger", "OnEntry"):
         assert definitions[name]["additionalProperties"] is False
         assert all(field.get("description") for field in definitions[name]["properties"].values())
     assert definitions["FileTrigger"]["properties"]["settle"]["anyOf"][0]["type"] == "number"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from orchestrator.expressions import parse
 from orchestrator.plan import MAX_ITEMS, MAX_LINKS, Plan, parts
-from orchestrator.workflows import END, OnEvent, Step, TriggerRule, Workflow
+from orchestrator.subscriptions import OnEvent
+from orchestrator.workflows import END, Step, TriggerRule, Workflow
 
 
 def plan(**above: str) -> Plan:

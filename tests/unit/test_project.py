@@ -21,7 +21,8 @@ from orchestrator.project import (
     takes_context,
 )
 from orchestrator.retries import RetryPolicy
-from orchestrator.workflows import Defaults, OnFile
+from orchestrator.subscriptions import OnFile
+from orchestrator.workflows import Defaults
 
 TASKS = """
 def split(path, parts=2): return [path]

@@ -11,8 +11,9 @@ from orchestrator.errors import DefinitionError, TracingError
 from orchestrator.expressions import evaluate
 from orchestrator.outputs import Output, errors_of, event, index, item, state_of
 from orchestrator.retries import RetryPolicy
+from orchestrator.subscriptions import OnEvent, OnFile
 from orchestrator.tracing import on, sleep, task, until, workflow
-from orchestrator.workflows import Defaults, OnEvent, OnFile, Param, Phase
+from orchestrator.workflows import Defaults, Param, Phase
 
 HERE = Path(__file__)
 
@@ -682,7 +683,7 @@ def test_a_workflow_needs_steps_and_a_name():
         pass
 
     assert [fault[1] for fault in faults_of(w, name="a b")] == ["workflow", "steps"]
-    assert faults_of(w, on=["inbox"])[0][1:] == ("on.0", "must be on.file(...) or on.event(...), not 'inbox'")
+    assert faults_of(w, on=["inbox"])[0][1:] == ("on.0", "must be on.file(...), on.event(...) or the like, not 'inbox'")
     assert [fault[1:] for fault in faults_of(w)] == [("steps", "a workflow needs at least one step")]
 
 
@@ -707,7 +708,7 @@ def test_a_workflow_needs_steps_and_a_name():
         (lambda: on.file("a", settle="soon"), "on.file.settle", "must be a duration"),
         (lambda: on.file(""), "on.file.path", "must not be empty"),
         (lambda: on.event({"a": "b"}), "on.event.a", "rules stand in an array"),
-        (lambda: on.schedule(cron="* * * * *"), "on.schedule", "the schedule trigger is not yet in force"),
+        (lambda: on.schedule(corn="* * * * *"), "on.schedule.corn", "unknown key 'corn'; did you mean 'cron'?"),
     ],
 )
 def test_what_is_wrong_in_a_decorator_raises_at_once(decorate, field, message):
