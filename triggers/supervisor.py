@@ -41,6 +41,9 @@ class TriggerSupervisor:
             self._running[key] = wanted[key]()
             self._running[key].start()
 
+    def start(self) -> None:
+        """Do nothing: what `apply` asks for runs at once."""
+
     def stop(self) -> None:
         """Stop every trigger; returns when they have stopped."""
         self.apply(())

@@ -170,7 +170,7 @@ def dispatcher(project: ProjectOption = None, data_dir: DataDirOption = None) ->
     """Run the dispatcher and the rescuer, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), has_triggers=False).run()
+    return Control(with_servers(settings_of(project, data_dir)), roles=["dispatcher"]).run()
 
 
 @app.command()
@@ -178,7 +178,7 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     """Run the triggers, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), has_dispatcher=False).run()
+    return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
 
 
 @app.command()

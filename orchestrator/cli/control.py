@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 
@@ -37,6 +37,8 @@ log = get_logger(__name__)
 
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
+#: What the control process does; in production each may be a process of its own.
+ROLES = ("dispatcher", "trigger")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
 
@@ -117,23 +119,36 @@ def _kinds_of_trigger(engine: Engine, bus: EventBus) -> tuple[Kind, ...]:
     return (partial(file_triggers, marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s),)
 
 
-class Control:
-    """Dispatcher and rescuer, or triggers, or both, until told to stop, or until `up`, if it has one, is gone."""
+class Follower(Protocol):
+    """A part of the control process that follows the definitions; `start` and `stop` are idempotent."""
 
-    def __init__(
-        self, settings: Settings, *, has_dispatcher: bool = True, has_triggers: bool = True, up_pid: int | None = None
-    ) -> None:
+    def apply(self, workflows: Iterable[Workflow]) -> None:
+        """Put definitions in force. Raises OrchestratorError if that is to be tried again."""
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+
+    def stop(self) -> None:
+        """End; returns when what is in work is done."""
+
+
+class Control:
+    """The parts for some roles, until told to stop, or until `up`, if it has one, is gone."""
+
+    def __init__(self, settings: Settings, *, roles: Collection[str] = ROLES, up_pid: int | None = None) -> None:
         self._settings = settings
         self._up_pid = up_pid
         self._stop = threading.Event()
         engine = Engine(settings)
         self._engine = engine
         bus = EventBus(engine.app)
-        self._dispatcher = Dispatcher(engine, bus, on_start=self._tell_start) if has_dispatcher else None
-        self._care: list[LeadingService] = _care_of(engine) if has_dispatcher else []
-        self._triggers = TriggerSupervisor(_kinds_of_trigger(engine, bus)) if has_triggers else None
-        self._role = "control" if has_dispatcher and has_triggers else "dispatcher" if has_dispatcher else "trigger"
-        self._began: dict[str, float] = {}
+        self._care: list[LeadingService] = _care_of(engine) if "dispatcher" in roles else []
+        self._role = "control" if len(roles) > 1 else next(iter(roles))
+        self._followers: list[Follower] = []
+        if "dispatcher" in roles:
+            self._followers.append(Dispatcher(engine, bus, on_start=self._tell_start))
+        if "trigger" in roles:
+            self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine, bus)))
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; returns the exit code. Raises DefinitionError if nothing can be loaded."""
@@ -151,10 +166,9 @@ class Control:
         teller = threading.Thread(target=self._tell_ends, name="teller", daemon=True)
         try:
             self._apply(workflows)
-            for service in self._care:
-                service.start()
-            if self._dispatcher is not None:
-                self._dispatcher.start()
+            for part in (*self._care, *self._followers):
+                part.start()
+            if self._care:
                 teller.start()
             while not self._stop.wait(_PERIOD_S):
                 if self._up_pid is not None and os.getppid() != self._up_pid:
@@ -164,28 +178,22 @@ class Control:
                     self._reload()
         finally:
             self._stop.set()
-            if self._triggers is not None:
-                self._triggers.stop()
-            if self._dispatcher is not None:
-                self._dispatcher.stop()
-            for service in self._care:
-                service.stop()
+            for part in (*reversed(self._followers), *self._care):
+                part.stop()
             if teller.is_alive():
                 teller.join(timeout=5)
             self._engine.close()
         return 0
 
     def _apply(self, workflows: list[Workflow]) -> None:
-        if self._dispatcher is not None:
+        for follower in self._followers:
             while not self._stop.is_set():
                 try:
-                    self._dispatcher.apply(workflows)
+                    follower.apply(workflows)
                     break
                 except OrchestratorError as exc:
                     log.warning("definitions_wait", error=str(exc))
                     self._stop.wait(1.0)
-        if self._triggers is not None:
-            self._triggers.apply(workflows)
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""
