@@ -150,6 +150,10 @@ class Control:
         if "trigger" in roles:
             self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine, bus)))
 
+    @property
+    def _parts(self) -> list[Follower | LeadingService]:
+        return [*self._care, *self._followers]
+
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; returns the exit code. Raises DefinitionError if nothing can be loaded."""
         configure_logging(role=self._role)
@@ -166,7 +170,7 @@ class Control:
         teller = threading.Thread(target=self._tell_ends, name="teller", daemon=True)
         try:
             self._apply(workflows)
-            for part in (*self._care, *self._followers):
+            for part in self._parts:
                 part.start()
             if self._care:
                 teller.start()
@@ -178,7 +182,7 @@ class Control:
                     self._reload()
         finally:
             self._stop.set()
-            for part in (*reversed(self._followers), *self._care):
+            for part in reversed(self._parts):
                 part.stop()
             if teller.is_alive():
                 teller.join(timeout=5)
