@@ -1,4 +1,4 @@
-"""The control process: dispatcher, rescuer, triggers, each in threads of its own, and the definitions they follow."""
+"""The control process: dispatcher, rescuer, triggers, gateway, in threads of their own, and what they follow."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = get_logger(__name__)
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
 #: What the control process does; in production each may be a process of its own.
-ROLES = ("dispatcher", "trigger")
+ROLES = ("dispatcher", "trigger", "gateway")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
 
@@ -149,6 +149,10 @@ class Control:
             self._followers.append(Dispatcher(engine, bus, on_start=self._tell_start))
         if "trigger" in roles:
             self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine, bus)))
+        if "gateway" in roles:
+            from orchestrator.cli.gateway import Gateway  # an HTTP server, which the other roles do not need
+
+            self._followers.append(Gateway(engine, bus))
 
     @property
     def _parts(self) -> list[Follower | LeadingService]:
