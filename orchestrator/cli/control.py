@@ -145,11 +145,12 @@ class Control:
         self._care: list[LeadingService] = _care_of(engine) if "dispatcher" in roles else []
         self._role = "control" if len(roles) > 1 else next(iter(roles))
         self._followers: list[Follower] = []
+        self._serves = "gateway" in roles
         if "dispatcher" in roles:
             self._followers.append(Dispatcher(engine, bus, on_start=self._tell_start))
         if "trigger" in roles:
             self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine, bus)))
-        if "gateway" in roles:
+        if self._serves:
             from orchestrator.cli.gateway import Gateway  # an HTTP server, which the other roles do not need
 
             self._followers.append(Gateway(engine, bus))
@@ -167,7 +168,7 @@ class Control:
         if self._up_pid is not None:
             workflows, _ = read_definitions(self._settings.data_dir)
         else:
-            project = load(self._settings)
+            project = load(self._settings, with_secrets=self._serves)
             if project.faults:
                 raise DefinitionError(project.faults)
             workflows = list(project.workflows.values())
@@ -205,7 +206,7 @@ class Control:
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""
-        project = load(self._settings)
+        project = load(self._settings, with_secrets=self._serves)
         if project.faults:
             say("definitions changed, with faults; those before stay in force:")
             for fault in project.faults:

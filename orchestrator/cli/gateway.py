@@ -13,26 +13,35 @@ from __future__ import annotations
 import errno
 import json
 import socket
-from collections.abc import Iterable, MutableMapping
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import redis
+
+from orchestrator.asgi import Asgi, Receive, Scope, Send, problem, reply
 from orchestrator.bus import EventBus
-from orchestrator.cli.http_server import Asgi, HttpServer, Receive, Send, problem
+from orchestrator.cli.http_server import HttpServer
 from orchestrator.engine import Engine
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
+from orchestrator.events import Event
+from orchestrator.ledger import keys
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
 from orchestrator.workflows import Workflow
+from triggers.run_ends import RunEnds
+from triggers.webhook import HOOKS, Hooks
 
 log = get_logger(__name__)
 
 #: In the data directory: where the gateway listens.
 STATE = "gateway.json"
 _BACKLOG = 1024
+_ASK_AGAIN_S = 5.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- not bound to here
 
 
@@ -127,16 +136,27 @@ class Gateway:
         listeners = listen(engine.settings)
         self.url = listeners.url
         self.health_url = listeners.health_url
+        # One that waits for no server: who delivers would wait as long.
+        self._impatient = Engine(engine.settings, app=engine.app, patience_s=0.0, timeout_s=1.0)
+        self._hooks = Hooks(
+            publish=bus.publish,
+            known=_Known(self._impatient),
+            ends=RunEnds(self._impatient.ledger),
+            payloads=engine.payloads,
+            secrets=engine.settings.secrets,
+        )
         self._servers = (
             HttpServer("health", _health(engine), listeners.health),
-            HttpServer("gateway", _by_path({}, _api(engine)), listeners.gateway),
+            HttpServer("gateway", _by_path({HOOKS: self._hooks}, _api(engine)), listeners.gateway),
         )
 
     def apply(self, workflows: Iterable[Workflow]) -> None:
         """Put definitions in force for the requests that come from now on."""
+        self._hooks.apply(workflows)
 
     def start(self) -> None:
         """Begin; returns when requests are answered."""
+        self._hooks.start()
         for server in self._servers:
             server.start()
         log.info("gateway_listens", url=self.url, health_url=self.health_url)
@@ -145,12 +165,34 @@ class Gateway:
         """End; returns when what is in work is answered."""
         for server in reversed(self._servers):
             server.stop()
+        self._hooks.stop()
+        self._impatient.ledger.client.close()
+
+
+class _Known:
+    """Asks the ledger which events it has dealt with; of a ledger that is away nothing is known, for a while."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._client = engine.ledger.client
+        self._ask_at = 0.0
+
+    def __call__(self, events: Sequence[Event]) -> list[bool]:
+        if time.monotonic() < self._ask_at:
+            return [False] * len(events)
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                for event in events:
+                    pipe.exists(keys.seen_key(event.key))
+                return [bool(found) for found in pipe.execute()]
+        except (redis.RedisError, OSError):
+            self._ask_at = time.monotonic() + _ASK_AGAIN_S
+            return [False] * len(events)
 
 
 def _by_path(apps: dict[str, Asgi], otherwise: Asgi) -> Asgi:
     """Return the application that hands requests to others by the beginning of their path."""
 
-    async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         found = next((app for start, app in apps.items() if path.startswith(start)), otherwise)
         await found(scope, receive, send)
@@ -158,9 +200,8 @@ def _by_path(apps: dict[str, Asgi], otherwise: Asgi) -> Asgi:
     return app
 
 
-async def _nothing(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-    for message in problem(404, "there is nothing at this address"):
-        await send(message)
+async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    await reply(send, problem(404, "there is nothing at this address"))
 
 
 def check_exposure(engine: Engine) -> None:

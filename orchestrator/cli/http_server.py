@@ -9,29 +9,22 @@ uvicorn trusts its peers: it waits without end for headers and bodies, and keeps
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import resource
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from orchestrator.asgi import Asgi, Message, Receive, Scope, Send, problem, reply
 from orchestrator.errors import UnavailableError
 from orchestrator.telemetry import get_logger
 
 log = get_logger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-Headers = tuple[tuple[bytes, bytes], ...]
 
 #: Of a request, before its body.
 HEADER_BYTES = 32 * 1024
@@ -52,34 +45,12 @@ _START_S = 10.0
 _STOP_S = 5
 
 
-def problem(status: int, detail: str, *, headers: Headers = ()) -> tuple[Message, Message]:
-    """Return the ASGI messages of an answer that says what is wrong (RFC 9457)."""
-    body = json.dumps(
-        {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    ).encode()
-    return answer(status, body, content_type=b"application/problem+json", headers=headers)
+_CLOSE = (b"connection", b"close")
 
 
-def answer(
-    status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Headers = ()
-) -> tuple[Message, Message]:
-    """Return the ASGI messages of an answer with a body of a known length."""
-    about = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers)
-    return (
-        {"type": "http.response.start", "status": status, "headers": list(about)},
-        {"type": "http.response.body", "body": body},
-    )
-
-
-def _refuses(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Asgi:
-    async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        for message in problem(status, detail, headers=((b"connection", b"close"), *headers)):
-            await send(message)
-
-    return app
-
-
-_TOO_LARGE = _refuses(431, f"the headers are larger than {HEADER_BYTES} bytes, or more than {HEADER_COUNT}")
+async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
+    detail = f"the headers are larger than {HEADER_BYTES} bytes, or more than {HEADER_COUNT}"
+    await reply(send, problem(431, detail, _CLOSE))
 
 
 def _connection_limit() -> int:
@@ -143,7 +114,7 @@ class Connection(HttpToolsProtocol):
         self._in_time()
         app = self.app
         if self._header_bytes > HEADER_BYTES:
-            self.app = _TOO_LARGE
+            self.app = _too_large
         try:
             super().on_headers_complete()
         finally:
@@ -200,7 +171,7 @@ class _Bounded:
         self._app = app
         self._clock = clock
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # nobody serves WebSockets here
             return
         body = _Body(scope, receive, self._clock)
@@ -211,7 +182,7 @@ class _Bounded:
             if message["type"] == "http.response.start":
                 has_started = True
                 if not body.is_read and not await body.discard_small():
-                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+                    message = {**message, "headers": [*message.get("headers", ()), _CLOSE]}
                 await send(message)
             elif body.is_read or message.get("more_body", False):
                 await send(message)
@@ -225,14 +196,13 @@ class _Bounded:
         except _SlowBodyError:
             if not has_started:
                 detail = f"the body did not come at {BODY_BYTES_PER_S} bytes a second"
-                for message in problem(408, detail, headers=((b"connection", b"close"),)):
-                    await send(message)
+                await reply(send, problem(408, detail, _CLOSE))
 
 
 class _Body:
     """The body of one request."""
 
-    def __init__(self, scope: MutableMapping[str, Any], receive: Receive, clock: Callable[[], float]) -> None:
+    def __init__(self, scope: Scope, receive: Receive, clock: Callable[[], float]) -> None:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length")
         self.is_read = b"transfer-encoding" not in headers and (length is None or length == b"0")
