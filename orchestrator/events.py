@@ -18,6 +18,8 @@ SPEC_VERSION = "1.0"
 
 FILE_CREATED = "orchestrator.file.created"
 MANUAL = "orchestrator.manual"
+#: Source of the events that start one workflow by hand; its name is their subject.
+MANUAL_SOURCE = "orchestrator:run"
 S3_EVENTS = {"created": "orchestrator.s3.object.created", "removed": "orchestrator.s3.object.removed"}
 WEBHOOK_RECEIVED = "orchestrator.webhook.received"
 SCHEDULE_DUE = "orchestrator.schedule.due"

@@ -36,7 +36,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
@@ -189,6 +189,14 @@ class _Fields:
         return math.prod(node.combinations() for _, node in self.nodes)
 
 
+def leaves_at(event: object, path: Sequence[str]) -> list[object]:
+    """Return every leaf that an event has at a path, in any element of the arrays on the way."""
+    found: list[object] = [event]
+    for name in path:
+        found = [each[name] for value in found for each in _flat(value) if isinstance(each, Mapping) and name in each]
+    return [each for value in found for each in _flat(value) if not isinstance(each, Mapping)]
+
+
 def _at(value: Mapping[str, object], name: str) -> object:
     return value if name == "$or" else value.get(name, ABSENT)
 
@@ -259,6 +267,12 @@ def _wildcard(operand: object) -> Predicate:
     return holds
 
 
+def literal_ends(wildcard: str) -> tuple[str, str]:
+    """Return the texts that whatever a (sound) wildcard stands for begins and ends with."""
+    parts = _wildcard_parts(wildcard)
+    return parts[0], parts[-1]
+
+
 def _wildcard_parts(text: str) -> list[str]:
     r"""Split at each `*`, with `\*` and `\\` resolved."""
     parts = [""]
@@ -316,7 +330,7 @@ def _numeric(operand: object) -> Predicate:
         if low > high or (low == high and (low_sign, high_sign) != (">=", "<=")):
             raise _RuleError(f'"numeric" has a range that no number is in: {low_sign} {low} and {high_sign} {high}')
     tests = [(_COMPARISONS[sign], bound) for sign, bound in pairs]
-    return lambda leaf: _typed(leaf)[0] == "number" and all(compare(leaf, bound) for compare, bound in tests)
+    return lambda leaf: typed(leaf)[0] == "number" and all(compare(leaf, bound) for compare, bound in tests)
 
 
 def _exists(operand: object) -> Predicate:
@@ -367,11 +381,11 @@ _COMPARISONS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
 
 
 def _one_of(values: Iterable[object]) -> Predicate:
-    wanted = frozenset(_typed(value) for value in values)
-    return lambda leaf: _typed(leaf) in wanted
+    wanted = frozenset(typed(value) for value in values)
+    return lambda leaf: typed(leaf) in wanted
 
 
-def _typed(value: object) -> tuple[str, object]:
+def typed(value: object) -> tuple[str, object]:
     """Return what equality means in JSON: Python alone says that True == 1."""
     if isinstance(value, bool):
         return "boolean", value
