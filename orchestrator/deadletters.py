@@ -41,7 +41,7 @@ REASONS = (
     "error", "timeout", "memory", "worker_lost",
     "unknown_task",
     "envelope", "body", "content_type", "expired", "not_a_step",
-    "not_an_event", "dispatch",
+    "not_an_event", "dispatch", "loop",
 )  # fmt: skip
 
 _DAY_S = 86_400

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.events import MANUAL, MANUAL_SOURCE
+from orchestrator.events import MANUAL, MANUAL_SOURCE, RUN_EVENTS
 from orchestrator.patterns import EventPattern, leaves_at, literal_ends, typed
-from orchestrator.subscriptions import kind_of_on, pattern_of
+from orchestrator.subscriptions import OnRun, kind_of_on, pattern_of
 from orchestrator.workflows import Workflow
 
 #: What the index knows of an entry: the field, and one key for each rule of it: (kind, value).
@@ -30,6 +30,8 @@ class _Entry:
     workflow: str
     kind: str
     patterns: tuple[EventPattern, ...]
+    #: Which workflows' runs it follows; empty unless it says so.
+    follows: tuple[str, ...] = ()
 
     def matches(self, body: Mapping[str, Any]) -> bool:
         return all(pattern.matches(body) for pattern in self.patterns)
@@ -93,7 +95,8 @@ class Matcher:
                 own = getattr(on, "pattern", None)
                 if own is not None and own != patterns[0]:
                     patterns.append(dict(own))
-                entry = _Entry(workflow.name, kind_of_on(on), tuple(map(EventPattern.compile, patterns)))
+                follows = on.workflow if isinstance(on, OnRun) else ()
+                entry = _Entry(workflow.name, kind_of_on(on), tuple(map(EventPattern.compile, patterns)), follows)
                 entries.append(entry)
                 fields: dict[_Path, list[_Key]] = {}
                 for pattern in patterns:
@@ -120,6 +123,15 @@ class Matcher:
             for value in leaves_at(body, path):
                 found |= {entry.workflow for entry in index.find(value) if entry.matches(body)}
         return sorted(found, key=self._order.__getitem__)
+
+    def followed(self) -> set[str]:
+        """Return the ends of which runs may start a workflow, as `workflow:state`, or `*:state` for all workflows."""
+        found: set[str] = set()
+        for entry in (entry for entries in self._entries.values() for entry in entries):
+            for state, type_ in RUN_EVENTS.items():
+                if all(one.may_match_field("type", type_) for one in entry.patterns):
+                    found |= {f"{workflow}:{state}" for workflow in entry.follows or ("*",)}
+        return found
 
     def why_not(self, workflow: str, body: Mapping[str, Any]) -> str | None:
         """Say why a workflow is not started by an event: a sentence for each entry; None if it is."""

@@ -124,6 +124,10 @@ class EventPattern:
         """Tell whether the event (in the JSON format of CloudEvents) is wanted."""
         return self._root.matches(event)
 
+    def may_match_field(self, name: str, value: object) -> bool:
+        """Tell whether some event that has this value in a field at the top could match; False only if none could."""
+        return all(node.matches(value) for field_name, node in self._root.nodes if field_name == name)
+
     def explain(self, event: Mapping[str, object]) -> Mismatch | None:
         """Return the first clause that says no, in the order of the pattern; None if the event matches."""
         return None if self._root.matches(event) else self._root.why_not(event, "")

@@ -17,6 +17,7 @@ from orchestrator.cli.access import (
     JsonOption,
     LimitOption,
     ProjectOption,
+    check_event,
     engine_of,
     load,
     read_json,
@@ -24,6 +25,7 @@ from orchestrator.cli.access import (
     with_servers,
 )
 from orchestrator.cli.deadletters import app as dead_letters
+from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
 from orchestrator.workflows import Workflow, unknown
@@ -40,7 +42,6 @@ app = typer.Typer(
 UpPidOption = Annotated[int, typer.Option("--up-pid", hidden=True)]
 
 runs = typer.Typer(help="Look at runs, stop them, and go on with them.", no_args_is_help=True)
-events = typer.Typer(help="Look at events, and emit your own.", no_args_is_help=True)
 workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(events, name="events")
@@ -220,7 +221,6 @@ def run(
     as_json: JsonOption = False,
 ) -> int:
     """Start a workflow by hand."""
-    from orchestrator.bus import EventBus
     from orchestrator.dispatcher import manual_event
     from orchestrator.runs import run_id
 
@@ -234,8 +234,8 @@ def run(
         event = manual_event(name, given, event_id=key or str(uuid.uuid4()))
         # Checked here for the one who types it; the dispatcher checks it again.
         Workflow.from_json(known[name]["workflow"]).resolve_params(given, event.to_json())
-        _check_event(event)
-        EventBus(engine.app).publish([event])
+        check_event(event)
+        engine.bus.publish([event])
         run_key = run_id(name, event.source, event.id)
         if not wait:
             if as_json:
@@ -253,11 +253,6 @@ def _read_input(text: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InputError(f"--input must be a JSON object with the workflow's params, not {type(given).__name__}")
     return given
-
-
-def _check_event(event: Any) -> None:
-    """Raise InputError for an event that the dispatcher would set aside, as long as somebody is there to be told."""
-    type(event).from_json(event.to_json())
 
 
 def _seconds(timeout: str) -> float:
@@ -539,85 +534,6 @@ def runs_logs(
         if error:
             for line in (error.get("traceback") or describe(error)).splitlines():
                 print(f"{slot} #{attempt} ! {line}")
-
-
-# Events
-
-
-@events.command("list")
-def events_list(
-    limit: LimitOption = 50,
-    after: AfterOption = None,
-    project: ProjectOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List events, newest first, with what came of them."""
-    from orchestrator.ledger.queries import Queries
-
-    with engine_of(settings_of(project, data_dir)) as engine:
-        found, cursor = Queries(engine.ledger, engine.payloads).events(limit=limit, after=after)
-    if as_json:
-        print_json({"items": found, "next": cursor})
-        return
-    rows = [
-        (
-            one["accepted_at"],
-            one["event"]["type"],
-            one["event"].get("subject", ""),
-            "; ".join(
-                f"{name}: {verdict}" for name, verdict in one["verdicts"].items() if verdict.startswith("started")
-            ),
-            one["event"]["id"],
-        )
-        for one in found
-    ]
-    print_table(["accepted", "type", "subject", "started", "id"], rows)
-    if cursor:
-        print(f"more: --after {cursor}")
-
-
-@events.command("show")
-def events_show(
-    event_id: str, project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
-) -> None:
-    """Show an event and the verdict of every workflow on it."""
-    from orchestrator.ledger.queries import Queries
-
-    with engine_of(settings_of(project, data_dir)) as engine:
-        found = Queries(engine.ledger, engine.payloads).event(event_id)
-    if as_json:
-        print_json(found)
-        return
-    print_json(found["event"])
-    print_table(["workflow", "verdict"], found["verdicts"].items())
-
-
-@events.command("emit")
-def events_emit(
-    type_: Annotated[str, typer.Option("--type", help="What happened, as shop.order.placed.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "orchestrator:emit",
-    data: Annotated[str | None, typer.Option(help="The data as JSON, or @FILE.")] = None,
-    subject: Annotated[str | None, typer.Option(help="What it happened to.")] = None,
-    event_id: Annotated[str | None, typer.Option("--id", help="Identity within the source; else a new one.")] = None,
-    project: ProjectOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Put an event of your own on the bus."""
-    from orchestrator.bus import EventBus
-    from orchestrator.events import Event
-
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = None if data is None else read_json("--data", data)
-    event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
-    _check_event(event)
-    with engine_of(settings_of(project, data_dir)) as engine:
-        EventBus(engine.app).publish([event])
-    if as_json:
-        print_json(event.to_json())
-    else:
-        print(event.id)
 
 
 @app.command()

@@ -71,9 +71,7 @@ def test_the_index_changes_nothing(patterns: list[list[dict[str, Any]]], events:
     matcher = Matcher(workflow(f"w{n}", *(OnEvent(pattern=one) for one in some)) for n, some in enumerate(patterns))
     for event in events:
         wanted = [
-            f"w{n}"
-            for n, some in enumerate(patterns)
-            if any(EventPattern.compile(one).matches(event) for one in some)
+            f"w{n}" for n, some in enumerate(patterns) if any(EventPattern.compile(one).matches(event) for one in some)
         ]
         assert matcher.match(event) == wanted
         for n in range(len(patterns)):
