@@ -33,8 +33,6 @@ from orchestrator.settings import Settings, mask_url
 CHORES = "!^"
 #: The id of a run is on the list of those in flight before the run is there: for no longer than this.
 _STARTING_MS = 600_000
-#: How often to look which runs are followed.
-_FOLLOWED_S = 1.0
 
 
 class Engine:
@@ -54,7 +52,6 @@ class Engine:
         self.dead_letters = DeadLetters(self.ledger, self.payloads, settings)
         self.events = EventLog(self.ledger, self.payloads, settings)
         self.bus = EventBus(self.app)
-        self._followed: tuple[float, frozenset[str]] = (0.0, frozenset())
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 
     def close(self) -> None:
@@ -93,12 +90,9 @@ class Engine:
     def tell_followers(self, run: str) -> None:
         """Put the event of a run's end on the bus, if it has ended and a workflow in force may ask for it; idempotent.
 
-        What is in force is looked at once a second. Raises UnavailableError.
+        Raises UnavailableError.
         """
-        at, followed = self._followed
-        if time.monotonic() >= at + _FOLLOWED_S:
-            followed = self.ledger.followed_runs()
-            self._followed = time.monotonic(), followed
+        followed = self.ledger.followed_runs()
         if not followed:
             return
         fields = self.ledger.ending(run)
