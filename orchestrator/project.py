@@ -35,7 +35,7 @@ from orchestrator.modules import resolve_task as resolve_task
 from orchestrator.schema import nearest
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
-from orchestrator.subscriptions import On, OnFile
+from orchestrator.subscriptions import On, OnFile, OnRun
 from orchestrator.tracing import Task, WorkflowFunction
 from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
@@ -208,6 +208,12 @@ class _Loading:
                 fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *step.place, "pool")
             of_task = decorated.defaults if decorated is not None else _NO_DEFAULTS
             steps.append(step.with_defaults(of_task, Defaults(retry=workflow.retry), self.defaults))
+        for number, entry in enumerate(workflow.on):
+            if isinstance(entry, OnRun):
+                for name in entry.workflow:
+                    if name not in named:
+                        message = f"unknown workflow {name!r}; {nearest(name, named)}"
+                        fault(message, "on", str(number), "run", "workflow")
         on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         return replace(workflow, steps=tuple(steps), on=on)
 
