@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.dispatcher import Dispatcher, manual_event
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, NotFoundError
@@ -18,7 +21,7 @@ from orchestrator.resume import resume
 from orchestrator.runs import RunState, run_id
 from orchestrator.subscriptions import OnEvent, OnRun
 from orchestrator.workflows import Param, Step, Workflow
-from tests.conftest import wait_until
+from tests.conftest import command, on_servers, wait_until
 from tests.integration.conftest import Place
 
 
@@ -296,3 +299,42 @@ def test_what_comes_from_outside_cannot_be_one_of_ours(given: dict[str, Any], wo
     one = {"id": "1", "source": "s", "type": "t", "time": ""}
     assert foreign_fault(Event(**one)) is None
     assert words in (foreign_fault(Event(**(one | given))) or "")
+
+
+# Commands
+
+
+def test_the_commands(engine: Engine, dispatcher: Dispatcher) -> None:
+    dispatcher.apply([echo("w", T), echo("v", OnEvent(pattern={"type": ["x"]}))])
+    sent = event(subject="s")
+    dispatcher.dispatch(sent)
+    dispatcher.dispatch(sent)
+
+    def cli(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            command("events", *arguments, "--project", str(engine.settings.project)),
+            env=on_servers(engine.settings), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    run = run_id("w", "test", sent.id)
+    (listed,) = json.loads(cli("list", "--json", "--verdict", "started", "--type", "t"))["items"]
+    assert (listed["verdicts"]["w"]["run"], listed["duplicates"]) == (run, 1)
+    assert f"w: {run}" in cli("list")
+    assert json.loads(cli("show", sent.id, "--json"))["event"] == sent.to_json()
+    assert "it came 1 x again" in cli("show", sent.id)
+    explained = cli("explain", sent.id)
+    assert 'event: type: wanted ["x"], saw "t"' in explained
+    assert f"run {run}" in explained
+    assert json.loads(cli("explain", sent.id, "--json"))["verdicts"]["v"]["verdict"] == "no_match"
+    (told,) = json.loads(cli("explain", "--workflow", "v", "--since", "1h", "--json"))["items"]
+    assert (told["event_id"], told["verdict"]) == (sent.id, "no_match")
+    assert "no event has come since 0s" in cli("explain", "--workflow", "v", "--since", "0s")
+    replayed = json.loads(cli("replay", sent.id, "--json"))
+    assert replayed["id"].startswith(f"{sent.id}~")
+    assert engine.ledger.client.llen(EVENT_QUEUE) == 1
+    assert "there are started, refused" in cli("list", "--verdict", "begun", code=1)
+    assert "give the id of an event, or --workflow NAME" in cli("explain", code=1)
+    assert "'nope' is not known" in cli("explain", "nope", code=1)
+    assert "--since must be a duration" in cli("explain", "--workflow", "w", "--since", "soon", code=1)
