@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 #: A part of `up` ends when the `up` with this pid is no longer its parent.
 UpPidOption = Annotated[int, typer.Option("--up-pid", hidden=True)]
+HostOption = Annotated[str | None, typer.Option(help="Address of the gateway.")]
+PortOption = Annotated[int | None, typer.Option(help="Port of the gateway; else a free one, and then always it.")]
 
 runs = typer.Typer(help="Look at runs, stop them, and go on with them.", no_args_is_help=True)
 workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
@@ -148,8 +150,8 @@ def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -
 def up(
     project: ProjectOption = None,
     data_dir: DataDirOption = None,
-    host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the gateway; else a free one, and then always it.")] = None,
+    host: HostOption = None,
+    port: PortOption = None,
 ) -> int:
     """Run everything on this machine: the embedded server, the control process and a worker for each pool."""
     from orchestrator.cli.up import Up
@@ -159,11 +161,17 @@ def up(
 
 
 @app.command(hidden=True)
-def control(up_pid: UpPidOption, project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
-    """Run dispatcher, rescuer and triggers in one process, as a part of `up`."""
+def control(
+    up_pid: UpPidOption,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+) -> int:
+    """Run dispatcher, rescuer, triggers and gateway in one process, as a part of `up`."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), up_pid=up_pid).run()
+    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), up_pid=up_pid).run()
 
 
 @app.command()
@@ -180,6 +188,16 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     from orchestrator.cli.control import Control
 
     return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
+
+
+@app.command()
+def gateway(
+    project: ProjectOption = None, data_dir: DataDirOption = None, host: HostOption = None, port: PortOption = None
+) -> int:
+    """Run the gateway: webhooks, the API, health and metrics, in production."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), roles=["gateway"]).run()
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The control process: dispatcher, rescuer, triggers, each in threads of its own, and the definitions they follow."""
+"""The control process: dispatcher, rescuer, triggers, gateway, in threads of their own, and what they follow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = get_logger(__name__)
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
 #: What the control process does; in production each may be a process of its own.
-ROLES = ("dispatcher", "trigger")
+ROLES = ("dispatcher", "trigger", "gateway")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
 
@@ -143,10 +143,15 @@ class Control:
         self._care: list[LeadingService] = _care_of(engine) if "dispatcher" in roles else []
         self._role = "control" if len(roles) > 1 else next(iter(roles))
         self._followers: list[Follower] = []
+        self._serves = "gateway" in roles
         if "dispatcher" in roles:
             self._followers.append(Dispatcher(engine, on_start=self._tell_start))
         if "trigger" in roles:
             self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine)))
+        if self._serves:
+            from orchestrator.cli.gateway import Gateway  # an HTTP server, which the other roles do not need
+
+            self._followers.append(Gateway(engine))
 
     @property
     def _parts(self) -> list[Follower | LeadingService]:
@@ -161,7 +166,7 @@ class Control:
         if self._up_pid is not None:
             workflows, _ = read_definitions(self._settings.data_dir)
         else:
-            project = load(self._settings)
+            project = load(self._settings, with_secrets=self._serves)
             if project.faults:
                 raise DefinitionError(project.faults)
             workflows = list(project.workflows.values())
@@ -199,7 +204,7 @@ class Control:
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""
-        project = load(self._settings)
+        project = load(self._settings, with_secrets=self._serves)
         if project.faults:
             say("definitions changed, with faults; those before stay in force:")
             for fault in project.faults:
