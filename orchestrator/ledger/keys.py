@@ -71,6 +71,13 @@ DEAD_LETTERS = f"{PREFIX}:dead-letters"
 UNREPORTED = f"{DEAD_LETTERS}:unreported"
 #: Says that it was logged that dead letters will expire; TTL of a day.
 EXPIRY_WARNED = f"{DEAD_LETTERS}:warned"
+#: What metrics count since ever (counters.py): field -> number; permanent, some fields for each workflow and pool.
+COUNTERS = f"{PREFIX}:counters"
+#: Name -> scope and digest of a bearer token of the API, as JSON; permanent.
+TOKENS = f"{PREFIX}:tokens"
+#: Entries of the audit log by time, ms, and id -> entry as JSON; permanent, trimmed to a number of them.
+AUDIT = f"{PREFIX}:audit"
+AUDIT_ENTRIES = f"{AUDIT}:entries"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
 #: Written to see whether the server takes writes; gone at once.
@@ -84,8 +91,8 @@ def leader_key(role: str) -> str:
 
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
-    RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED,
-    f"{PREFIX}:marks:*", f"{PREFIX}:plan:*"
+    RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
+    AUDIT_ENTRIES, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*"
 )  # fmt: skip
 
 
