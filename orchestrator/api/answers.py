@@ -11,6 +11,7 @@ from typing import Any
 import redis
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from orchestrator.errors import (
@@ -46,10 +47,8 @@ _MESSAGE_CHARACTERS = 1000
 _OPTION = re.compile(r"(?<![\w-])--(?=[a-z])")
 
 
-class Json(Response):
+class Json(JSONResponse):
     """Any JSON value, also text that no encoding has (half of a surrogate pair), which is then escaped."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         try:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
@@ -34,6 +35,8 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::\d{1,5})?\Z", re.ASC
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _ABOUT_CHARACTERS = 500
+#: More requests than this do not wait for a thread: a ledger that hangs is not to let them pile up.
+_WAITING = 200
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -67,6 +70,8 @@ class Gate:
             await send(message)
 
         try:
+            if current_default_thread_limiter().statistics().tasks_waiting > _WAITING:
+                raise Refusal(503, "there are more requests than can be answered; try again", headers={"Retry-After": "1"})
             caller = await run_in_threadpool(self._caller, Headers(scope=scope), scope.get("client"))
             scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, sending)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -50,11 +51,14 @@ def router() -> APIRouter:
     return APIRouter(route_class=Route)
 
 
-def says(model: Any, *, status: int = 200, changes: bool = False, **more: Any) -> dict[str, Any]:
-    """Return what OpenAPI is to say of an endpoint: what it answers when all goes well, and the problems."""
-    problems = {code: _PROBLEM | {"description": why} for code, why in _EVERYWHERE.items()}
+def says(
+    model: Any, *, status: int = 200, changes: bool = False, also: Mapping[int, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Return what OpenAPI is to say of an endpoint: what it answers when all goes well, by status, and the problems."""
+    problems: dict[int, Any] = {code: _PROBLEM | {"description": why} for code, why in _EVERYWHERE.items()}
     if changes:
         problems |= {code: _PROBLEM | {"description": why} for code, why in _CHANGES.items()}
+    problems |= {code: {"model": answer} for code, answer in (also or {}).items()}
     return {"response_model": model, "status_code": status, "responses": problems, "response_class": Json} | more
 
 

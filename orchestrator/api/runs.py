@@ -47,14 +47,18 @@ class Resume(Asked):
     dry_run: bool = Field(default=False, description="Only say what would be kept and what would run.")
 
 
-async def wait_for(engine: Engine, run: str, seconds: float) -> bool:
-    """Wait for the end of a run, up to so many seconds; answers whether it has ended. Holds no thread meanwhile."""
+async def wait_for(engine: Engine, run: str, seconds: float, request: Request) -> bool:
+    """Wait for the end of a run, up to so many seconds; answers whether it has ended.
+
+    Holds no thread meanwhile, and gives up when nobody waits for the answer any more.
+    """
     until, pause_s = time.monotonic() + seconds, _LOOK_S[0]
     while True:
         state = (await run_in_threadpool(engine.ledger.outcome, run))[0]
         left_s = until - time.monotonic()
-        if (state and RunState(state).is_end) or left_s <= 0:
-            return bool(state) and RunState(state).is_end
+        has_ended = bool(state) and RunState(state).is_end
+        if has_ended or left_s <= 0 or await request.is_disconnected():
+            return has_ended
         await asyncio.sleep(min(pause_s, left_s))
         pause_s = min(pause_s * 1.5, _LOOK_S[1])
 
@@ -76,6 +80,7 @@ def make_router(place: Place) -> APIRouter:
 
     @routes.get("/runs/{run}", **says(shapes.Run | shapes.StepRun | shapes.StepRuns))
     async def show_run(
+        request: Request,
         run: str,
         step: Annotated[str | None, Query(description="Only this step; of a fan-out, its items.")] = None,
         wait: Wait = None,
@@ -86,7 +91,7 @@ def make_router(place: Place) -> APIRouter:
         wait_s = seconds("wait", wait, LONGEST_WAIT_S)
         if wait_s:
             await run_in_threadpool(engine.ledger.plan_of, run)
-            await wait_for(engine, run, wait_s)
+            await wait_for(engine, run, wait_s, request)
         return await run_in_threadpool(_show, place, run, step, limit, after)
 
     @routes.get("/runs/{run}/logs", **says(shapes.Logs))

@@ -62,7 +62,7 @@ def make_router(place: Place) -> APIRouter:
 
     @routes.post(
         "/workflows/{workflow}/runs",
-        **says(shapes.Started | shapes.Run, status=202, changes=True),
+        **says(shapes.Started, status=202, changes=True, also={200: shapes.Run}),
         openapi_extra=schema_of(Start, required=False),
     )
     @needs(Scope.RUN)
@@ -77,7 +77,7 @@ def make_router(place: Place) -> APIRouter:
 
         run, event_id = await run_in_threadpool(start)
         request.state.entry.add(run=run)
-        if wait_s and await wait_for(engine, run, wait_s):
+        if wait_s and await wait_for(engine, run, wait_s, request):
             return Json(await run_in_threadpool(lambda: place.queries.run(run).to_json()))
         started = {"id": run, "workflow": workflow, "event_id": event_id}
         return Json(started, status_code=202, headers={"Location": f"{ROOT}/runs/{run}"})
