@@ -18,6 +18,7 @@ from celery import Celery
 from orchestrator import canvas
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import broker_errors, make_app
+from orchestrator.counters import Counters, field
 from orchestrator.deadletters import DeadLetters
 from orchestrator.errors import UnavailableError
 from orchestrator.eventlog import EventLog
@@ -52,10 +53,12 @@ class Engine:
         self.dead_letters = DeadLetters(self.ledger, self.payloads, settings)
         self.events = EventLog(self.ledger, self.payloads, settings)
         self.bus = EventBus(self.app)
+        self.counters = Counters(self.ledger)
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 
     def close(self) -> None:
         """Close connections; using the engine afterwards opens new ones."""
+        self.counters.close()
         self.ledger.client.close()
         self.app.close()
 
@@ -83,9 +86,11 @@ class Engine:
             self._close(run)
 
     def _close(self, run: str) -> None:
-        """Take a run that has ended off the list of those in flight, once whoever follows it has been told."""
+        """Tell whoever follows a run that has ended, take it off the list of those in flight, and count it."""
         self.tell_followers(run)
-        self.ledger.close(run)
+        workflow, state = self.ledger.close(run)
+        if state:
+            self.counters.add(field("runs", workflow=workflow, state=state))
 
     def tell_followers(self, run: str) -> None:
         """Put the event of a run's end on the bus, if it has ended and a workflow in force may ask for it; idempotent.
@@ -136,6 +141,7 @@ class Engine:
             timeout_ms=min(filter(None, (timeout_ms, plan.timeout_ms)), default=0),
         )
         if started:
+            self.counters.add(field("runs_started", workflow=plan.workflow.name))
             self.publish(run, plan.roots, plan=plan)
         return started
 
@@ -186,12 +192,13 @@ class Engine:
         """Record how the nested run of an attempt of a step has ended; a failure may be tried again."""
         state, output, error = self.ledger.outcome(child)
         tail, outcome, delay_ms, now = f',"run":{json.dumps(child)}', "succeeded", 0, 0
+        plan = self.plan(self.ledger.plan_of(run))
         if state != "succeeded":
             why = f"run {child} {state or 'is gone'}"
             reason = json.loads(error) if error else {"type": "Failed", "message": why}
             tail += f',"error":{json.dumps(reason)}'
             outcome, slot = "failed", step if index < 0 else f"{step}/{index}"
-            waiting = self.plan(self.ledger.plan_of(run)).steps.get(step)  # a changed definition may not have it
+            waiting = plan.steps.get(step)  # a changed definition may not have it
             policy = waiting.retry if waiting is not None else None
             tries = self.ledger.attempts_of(run, slot)[1]
             if policy is not None and state == "failed" and policy.may_retry(tries, [reason["type"]]):
@@ -201,6 +208,8 @@ class Engine:
             run, step, index, attempt, child, outcome,
             payload=output if outcome == "succeeded" else "", tail=tail, now_ms=now, delay_ms=delay_ms,
         )  # fmt: skip
+        if answer.verdict == "ok":
+            self.counters.add(field("steps", workflow=plan.workflow.name, state=outcome))
         self.publish(run, answer.publish)
 
     def repair(self, run: str, *, with_leases: bool = True) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from orchestrator.counters import field, hand_in
 from orchestrator.errors import InputError, NotFoundError
 from orchestrator.events import Event, digest
 from orchestrator.ledger import Ledger, keys
@@ -64,7 +65,7 @@ class EventLog:
             pipe.hincrby(key, "duplicates", 1)
             pipe.hset(key, "duplicate_at", now_ms)
             pipe.expire(key, self._settings.events_retention_s)  # its record may be gone, and this all there is
-            pipe.hincrby(keys.COUNTERS, "events|verdict=duplicate", 1)
+            hand_in(pipe, field("events", verdict="duplicate"))
             self._do(pipe.execute)
 
     def note(self, event: Event, verdicts: Mapping[str, Verdict], *, definitions: str, now_ms: int, loop: bool) -> None:
@@ -87,7 +88,7 @@ class EventLog:
             pipe.expire(by_id, retention_s)
             pipe.zadd(keys.EVENTS, {event.key: now_ms})
             pipe.set(keys.seen_key(event.key), "1", ex=self._settings.dedupe_s)
-            pipe.hincrby(keys.COUNTERS, f"events|verdict={verdict}", 1)
+            hand_in(pipe, field("events", verdict=verdict))
             self._do(pipe.execute)
 
     # What is there

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +16,17 @@ from orchestrator.cli.access import (
     JsonOption,
     LimitOption,
     ProjectOption,
-    check_event,
     engine_of,
     load,
     read_json,
     settings_of,
     with_servers,
 )
+from orchestrator.cli.audit import audit
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
 from orchestrator.workflows import Workflow, unknown
 
@@ -49,6 +49,8 @@ app.add_typer(runs, name="runs")
 app.add_typer(events, name="events")
 app.add_typer(workflows, name="workflows")
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(tokens, name="tokens")
+app.command()(audit)
 
 
 # Definitions
@@ -239,22 +241,13 @@ def run(
     as_json: JsonOption = False,
 ) -> int:
     """Start a workflow by hand."""
-    from orchestrator.dispatcher import manual_event
-    from orchestrator.runs import run_id
+    from orchestrator.operations import start_run
 
     given = _read_input(text)
     seconds = _seconds(timeout)
     settings = settings_of(project, data_dir)
     with engine_of(settings) as engine:
-        known = engine.ledger.workflows()
-        if name not in known:
-            raise NotFoundError(f"{unknown('workflow', name, known)} (in force: {', '.join(known) or 'none'})")
-        event = manual_event(name, given, event_id=key or str(uuid.uuid4()))
-        # Checked here for the one who types it; the dispatcher checks it again.
-        Workflow.from_json(known[name]["workflow"]).resolve_params(given, event.to_json())
-        check_event(event)
-        engine.bus.publish([event])
-        run_key = run_id(name, event.source, event.id)
+        run_key, event = start_run(engine, name, given, key=key)
         if not wait:
             if as_json:
                 print_json({"id": run_key, "workflow": name, "event_id": event.id})
@@ -440,15 +433,11 @@ def runs_cancel(
     as_json: JsonOption = False,
 ) -> int:
     """Cancel runs and those nested in them: what has not begun never will, and steps at work are told to stop."""
+    from orchestrator.operations import cancel_runs
     from orchestrator.runs import RunState
 
-    told: list[dict[str, Any]] = []
     with engine_of(settings_of(project, data_dir)) as engine:
-        for run_id in run_ids:
-            engine.ledger.plan_of(run_id)  # all are known, or none is cancelled
-        for run_id in run_ids:
-            asked = engine.cancel(run_id)
-            told.append({"id": run_id, "cancelled": asked, "state": engine.ledger.outcome(run_id)[0]})
+        told = cancel_runs(engine, run_ids)
     if as_json:
         print_json({"items": told, "next": None})
         return 0
@@ -531,27 +520,20 @@ def runs_logs(
 ) -> None:
     """Show what each attempt of a run's steps printed and logged, and the tracebacks of those that failed."""
     from orchestrator.ledger.queries import Queries
+    from orchestrator.operations import read_logs
 
     with engine_of(settings_of(project, data_dir)) as engine:
-        queries = Queries(engine.ledger, engine.payloads)
-        steps = queries.run(run_id).steps
-        if step is not None and step not in [one.id for one in steps]:
-            raise NotFoundError(f"run {run_id} has no step {step!r}; it has {', '.join(one.id for one in steps)}")
-        found = queries.logs(run_id, step, index)
+        found, _ = read_logs(Queries(engine.ledger, engine.payloads), run_id, step, index)
     if as_json:
-        entries = []
-        for slot, attempt, text, error in found:
-            name, _, item = slot.partition("/")
-            number = int(item) if item else None
-            entries.append({"step": name, "index": number, "attempt": attempt, "text": text, "error": error})
-        print_json({"items": entries, "next": None})
+        print_json({"items": found, "next": None})
         return
-    for slot, attempt, text, error in found:
-        for line in text.splitlines():
-            print(f"{slot} #{attempt} | {line}")
-        if error:
-            for line in (error.get("traceback") or describe(error)).splitlines():
-                print(f"{slot} #{attempt} ! {line}")
+    for one in found:
+        slot = one["step"] if one["index"] is None else f"{one['step']}/{one['index']}"
+        for line in one["text"].splitlines():
+            print(f"{slot} #{one['attempt']} | {line}")
+        if one["error"]:
+            for line in (one["error"].get("traceback") or describe(one["error"])).splitlines():
+                print(f"{slot} #{one['attempt']} ! {line}")
 
 
 @app.command()

@@ -64,8 +64,6 @@ WORKFLOWS = f"{PREFIX}:workflows"
 FOLLOWED = f"{PREFIX}:followed-runs"
 #: Events by time of acceptance, ms; permanent, trimmed with their retention.
 EVENTS = f"{PREFIX}:events"
-#: What is counted for metrics: a hash, `name|label=value,...` -> number; permanent, a few hundred fields.
-COUNTERS = f"{PREFIX}:counters"
 #: Messages that nobody can process, until they are drained into dead letters; a list; permanent. On the broker's
 #: server too, where that is another Redis.
 SET_ASIDE = f"{PREFIX}:set-aside"
@@ -75,6 +73,13 @@ DEAD_LETTERS = f"{PREFIX}:dead-letters"
 UNREPORTED = f"{DEAD_LETTERS}:unreported"
 #: Says that it was logged that dead letters will expire; TTL of a day.
 EXPIRY_WARNED = f"{DEAD_LETTERS}:warned"
+#: What metrics count since ever (counters.py): field -> number; permanent, some fields for each workflow and pool.
+COUNTERS = f"{PREFIX}:counters"
+#: Name -> scope and digest of a bearer token of the API, as JSON; permanent.
+TOKENS = f"{PREFIX}:tokens"
+#: Entries of the audit log by time, ms, and id -> entry as JSON; permanent, trimmed to a number of them.
+AUDIT = f"{PREFIX}:audit"
+AUDIT_ENTRIES = f"{AUDIT}:entries"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
 #: Written to see whether the server takes writes; gone at once.
@@ -88,8 +93,8 @@ def leader_key(role: str) -> str:
 
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
-    RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, COUNTERS, SET_ASIDE, DEAD_LETTERS, UNREPORTED,
-    f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*"
+    RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
+    AUDIT_ENTRIES, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
 )  # fmt: skip
 
 

@@ -300,14 +300,19 @@ class Ledger:
                 pipe.zadd(keys.ACTIVE, {run: created_ms}, nx=True)
             self.guard(pipe.execute)
 
-    def close(self, run: str) -> None:
-        """Take a run that has ended, with an empty outbox, off the list of those in flight; one reopened stays."""
+    def close(self, run: str) -> tuple[str, str]:
+        """Take a run that has ended, with an empty outbox, off the list of those in flight; one reopened stays.
+
+        Answers its workflow and state to the one who did so, for each episode once; empty texts to all others.
+        """
         with self.client.pipeline(transaction=False) as pipe:
             pipe.zrem(keys.ACTIVE, run)
-            pipe.hmget(keys.run_key(run, "run"), "state", "created_at")
-            _, (state, created) = self.guard(pipe.execute)
+            pipe.hmget(keys.run_key(run, "run"), "workflow", "state", "created_at")
+            was_there, (workflow, state, created) = self.guard(pipe.execute)
         if state is not None and not RunState(state).is_end:
             self.index(run, int(created))
+            return "", ""
+        return (workflow, state) if was_there and state else ("", "")
 
     def drop(self, run: str, before_ms: int) -> None:
         """Take an id without a run off that list, if it was put there before: a younger one may be just starting."""

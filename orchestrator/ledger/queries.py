@@ -6,6 +6,7 @@ Lists answer at most `limit` entries, newest first, and a cursor for the rest (t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
 from orchestrator.workflows import END
 
 _PAGE = 200
+_INDEX = re.compile(r"\d{1,9}\Z", re.ASCII)
 
 
 class Queries:
@@ -170,7 +172,7 @@ class Queries:
         """Return items of a fan-out in their order, and the cursor of the next page."""
         self.step(run, step_id)
         count = int(self._client.hget(keys.run_key(run, "states"), f"n:{step_id}") or 0)
-        if after is not None and not after.isdigit():
+        if after is not None and not _INDEX.match(after):
             raise NotFoundError(f"--after {after}: no such cursor; begin without it")
         lo = 0 if after is None else int(after) + 1
         hi = min(lo + limit, count)
@@ -178,24 +180,40 @@ class Queries:
         return (self._slots(run, slots) if slots else []), (str(hi - 1) if hi < count else None)
 
     def logs(
-        self, run: str, step_id: str | None = None, index: int | None = None
-    ) -> list[tuple[str, int, str, Mapping[str, Any] | None]]:
+        self,
+        run: str,
+        step_id: str | None = None,
+        index: int | None = None,
+        *,
+        limit: int | None = None,
+        after: str | None = None,
+    ) -> tuple[list[tuple[str, int, str, Mapping[str, Any] | None]], str | None]:
         """Return what attempts printed and logged, and their errors: (step or step/index, attempt, text, error), in the
-        plan's order; attempts with neither are left out."""
-        order = [END, *self._ledger.plan(self._ledger.plan_of(run)).topological()]
-        texts = self._client.hgetall(keys.run_key(run, "logs"))
+        plan's order, and the cursor of the next page; attempts with neither are left out."""
+        order = {step: n for n, step in enumerate((END, *self._ledger.plan(self._ledger.plan_of(run)).topological()))}
         errors = {
             field: error
             for field, record in self._client.hgetall(keys.run_key(run, "attempts")).items()
             if "@" in field and (error := json.loads(record).get("error"))
         }
         found = []
-        for field in texts.keys() | errors.keys():
+        for field in {*self._client.hkeys(keys.run_key(run, "logs")), *errors}:
             slot, _, attempt = str(field).rpartition("@")
             step, _, item = slot.partition("/")
             if step in order and step_id in (None, step) and (index is None or item == str(index)):
-                found.append((order.index(step), int(item or -1), int(attempt), slot, str(field)))
-        return [(slot, n, str(texts.get(field, "")), errors.get(field)) for _, _, n, slot, field in sorted(found)]
+                found.append((order[step], int(item or -1), int(attempt), slot, str(field)))
+        found.sort()
+        names = [row[-1] for row in found]
+        if after is not None and after not in names:
+            raise NotFoundError(f"--after {after}: no such cursor; begin without it")
+        lo = 0 if after is None else names.index(after) + 1
+        page = found[lo:] if limit is None else found[lo : lo + limit]
+        texts = self._client.hmget(keys.run_key(run, "logs"), [row[-1] for row in page]) if page else []
+        rows = [
+            (slot, n, str(text or ""), errors.get(field))
+            for (_, _, n, slot, field), text in zip(page, texts, strict=True)
+        ]
+        return rows, names[lo + len(page) - 1] if lo + len(page) < len(names) else None
 
 
 def _time(text: str | None) -> str | None:
