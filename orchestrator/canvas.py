@@ -8,6 +8,7 @@ ledger, and so no message carries a `chord`; and a group never stands inside a c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
@@ -16,6 +17,9 @@ from celery.canvas import Signature, chain, chord, group
 
 from orchestrator.celery_app import CONFIRM_TIMEOUT_S, STEP_TASK, publishing, queue_name
 from orchestrator.plan import Plan, parts
+
+#: Header of a message: when it was published, ms.
+QUEUED_AT = "queued_at"
 
 
 def link(app: Celery, plan: Plan, run: str, step: str) -> Signature:
@@ -82,11 +86,12 @@ def publish(app: Celery, canvas: Signature) -> int:
     Raises kombu's OperationalError if the broker is away.
     """
     sent = list(messages(canvas))
+    headers = {QUEUED_AT: time.time_ns() // 1_000_000}
     with publishing(app) as producer:
         # A pipeline of one costs more than the one message.
         with producer.batch() if len(sent) > 1 else nullcontext():
             for message in sent:
-                message.apply_async(producer=producer, confirm_timeout=CONFIRM_TIMEOUT_S)
+                message.apply_async(producer=producer, confirm_timeout=CONFIRM_TIMEOUT_S, headers=headers)
     return len(sent)
 
 

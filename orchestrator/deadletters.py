@@ -24,6 +24,8 @@ import redis
 from redis.client import NEVER_DECODE
 
 from orchestrator.celery_app import EVENT_QUEUE, queue_name
+from orchestrator.counters import field as counter
+from orchestrator.counters import hand_in
 from orchestrator.durations import parse_duration
 from orchestrator.errors import InputError, NotFoundError, OrchestratorError, one_line
 from orchestrator.events import digest
@@ -41,7 +43,8 @@ REASONS = (
     "error", "timeout", "memory", "worker_lost",
     "unknown_task",
     "envelope", "body", "content_type", "expired", "not_a_step",
-    "not_an_event", "dispatch",
+    "not_an_event", "dispatch", "loop",
+    "notification",
 )  # fmt: skip
 
 _DAY_S = 86_400
@@ -272,6 +275,8 @@ class DeadLetters:
             return
         with self._client.pipeline(transaction=False) as pipe:
             pipe.zadd(keys.DEAD_LETTERS, {one.id: one.last_at for one in letters})
+            for reason in {one.reason for one in letters}:
+                hand_in(pipe, counter("dead_letters", reason=reason), sum(one.reason == reason for one in letters))
             if self._reports:
                 pipe.rpush(keys.UNREPORTED, *(one.id for one in letters))
             self._do(pipe.execute)
@@ -322,6 +327,7 @@ class DeadLetters:
                 pipe.set(keys.dead_letter_raw_key(letter.id), raw, ex=self._ttl_s)
                 pipe.set(keys.dead_letter_key(letter.id), letter.to_record(), ex=self._ttl_s)
                 pipe.zadd(keys.DEAD_LETTERS, {letter.id: letter.last_at})
+                hand_in(pipe, counter("dead_letters", reason=letter.reason))
             self._do(pipe.execute)
 
     # What is there

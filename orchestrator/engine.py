@@ -16,14 +16,18 @@ from typing import Any
 from celery import Celery
 
 from orchestrator import canvas
+from orchestrator.bus import EventBus
 from orchestrator.celery_app import broker_errors, make_app
+from orchestrator.counters import Counters, field
 from orchestrator.deadletters import DeadLetters
 from orchestrator.errors import UnavailableError
+from orchestrator.eventlog import EventLog
+from orchestrator.events import CAUSATION, HOPS, RUN_EVENTS, RUNS_SOURCE, Event
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
-from orchestrator.runs import RunState, child_run_id
+from orchestrator.runs import RunState, child_run_id, rfc3339
 from orchestrator.settings import Settings, mask_url
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
@@ -47,10 +51,14 @@ class Engine:
         )
         self.payloads = Payloads(FileBlobs(settings.blobs_dir), inline_bytes=settings.payload_bytes)
         self.dead_letters = DeadLetters(self.ledger, self.payloads, settings)
+        self.events = EventLog(self.ledger, self.payloads, settings)
+        self.bus = EventBus(self.app)
+        self.counters = Counters(self.ledger)
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 
     def close(self) -> None:
         """Close connections; using the engine afterwards opens new ones."""
+        self.counters.close()
         self.ledger.client.close()
         self.app.close()
 
@@ -75,7 +83,27 @@ class Engine:
         outbox = [row for row in rows if row != "^close"]
         left = self.ledger.clear(run, outbox) if outbox else 0
         if not left and (has_ended or "^close" in rows):
-            self.ledger.close(run)
+            self._close(run)
+
+    def _close(self, run: str) -> None:
+        """Tell whoever follows a run that has ended, take it off the list of those in flight, and count it."""
+        self.tell_followers(run)
+        workflow, state = self.ledger.close(run)
+        if state:
+            self.counters.add(field("runs", workflow=workflow, state=state))
+
+    def tell_followers(self, run: str) -> None:
+        """Put the event of a run's end on the bus, if it has ended and a workflow in force may ask for it; idempotent.
+
+        Raises UnavailableError.
+        """
+        followed = self.ledger.followed_runs()
+        if not followed:
+            return
+        fields = self.ledger.ending(run)
+        if not {f"{fields.get('workflow')}:{fields.get('state')}", f"*:{fields.get('state')}"} & followed:
+            return
+        self.bus.publish([run_event(run, fields, self.payloads)])
 
     def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
         ready = canvas.ready(self.app, plan, run, units)
@@ -113,6 +141,7 @@ class Engine:
             timeout_ms=min(filter(None, (timeout_ms, plan.timeout_ms)), default=0),
         )
         if started:
+            self.counters.add(field("runs_started", workflow=plan.workflow.name))
             self.publish(run, plan.roots, plan=plan)
         return started
 
@@ -163,12 +192,13 @@ class Engine:
         """Record how the nested run of an attempt of a step has ended; a failure may be tried again."""
         state, output, error = self.ledger.outcome(child)
         tail, outcome, delay_ms, now = f',"run":{json.dumps(child)}', "succeeded", 0, 0
+        plan = self.plan(self.ledger.plan_of(run))
         if state != "succeeded":
             why = f"run {child} {state or 'is gone'}"
             reason = json.loads(error) if error else {"type": "Failed", "message": why}
             tail += f',"error":{json.dumps(reason)}'
             outcome, slot = "failed", step if index < 0 else f"{step}/{index}"
-            waiting = self.plan(self.ledger.plan_of(run)).steps.get(step)  # a changed definition may not have it
+            waiting = plan.steps.get(step)  # a changed definition may not have it
             policy = waiting.retry if waiting is not None else None
             tries = self.ledger.attempts_of(run, slot)[1]
             if policy is not None and state == "failed" and policy.may_retry(tries, [reason["type"]]):
@@ -178,6 +208,8 @@ class Engine:
             run, step, index, attempt, child, outcome,
             payload=output if outcome == "succeeded" else "", tail=tail, now_ms=now, delay_ms=delay_ms,
         )  # fmt: skip
+        if answer.verdict == "ok":
+            self.counters.add(field("steps", workflow=plan.workflow.name, state=outcome))
         self.publish(run, answer.publish)
 
     def repair(self, run: str, *, with_leases: bool = True) -> tuple[int, int]:
@@ -193,7 +225,7 @@ class Engine:
         elif not RunState(state).is_end:
             self.fire(run)
         elif not left:
-            self.ledger.close(run)
+            self._close(run)
         return len(again), lost
 
     def give_up(self, run: str, reason: str) -> None:
@@ -201,9 +233,38 @@ class Engine:
         self.publish(run, self.ledger.give_up(run, {"type": "RunLost", "message": reason}))
 
     def housekeep(self) -> None:
-        """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""
+        """Drop what is past its retention: the blobs of old runs, their places in the indexes, and events."""
         for run in self.ledger.trim(now_ms() - self.settings.retention_s * 1000):
-            self.payloads.delete_run(run)
+            self.payloads.delete(f"runs/{run}")
+        self.events.trim(now_ms())
+
+
+def run_event(run: str, fields: Mapping[str, str], payloads: Payloads) -> Event:
+    """Return the event of a run's end, made of what `Ledger.ending` has; the same each time.
+
+    An output that is kept as a blob does not travel: then `output` is null and `output_omitted` true.
+    """
+    cause = payloads.unpack_or_none(fields["event"]) or {}
+    hops = cause.get(HOPS, 0)
+    data: dict[str, Any] = {
+        "run": run,
+        "workflow": fields["workflow"],
+        "state": fields["state"],
+        "episode": int(fields["episode"]),
+        "output": None if fields["output"].startswith("@") else payloads.unpack(fields["output"]),
+        "error": json.loads(fields["error"]) if fields["error"] else None,
+    }
+    if fields["output"].startswith("@"):
+        data["output_omitted"] = True
+    return Event(
+        id=f"{run}.{fields['episode']}",
+        source=RUNS_SOURCE,
+        type=RUN_EVENTS[fields["state"]],
+        subject=fields["workflow"],
+        time=rfc3339(int(fields["finished_at"] or 0)) or "",
+        data=data,
+        extensions={CAUSATION: str(cause.get("id", "")), HOPS: (hops if isinstance(hops, int) else 0) + 1},
+    )
 
 
 def now_ms() -> int:

@@ -36,7 +36,7 @@ from orchestrator.schema import nearest
 from orchestrator.settings import read_secret
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
-from orchestrator.subscriptions import On, OnFile, OnWebhook, secret_fault
+from orchestrator.subscriptions import On, OnFile, OnRun, OnWebhook, secret_fault
 from orchestrator.tracing import Task, WorkflowFunction
 from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
@@ -220,10 +220,15 @@ class _Loading:
                 fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *step.place, "pool")
             of_task = decorated.defaults if decorated is not None else _NO_DEFAULTS
             steps.append(step.with_defaults(of_task, Defaults(retry=workflow.retry), self.defaults))
-        on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         for number, entry in enumerate(workflow.on):
+            if isinstance(entry, OnRun):
+                for name in entry.workflow:
+                    if name not in named:
+                        message = f"unknown workflow {name!r}; {nearest(name, named)}"
+                        fault(message, "on", str(number), "run", "workflow")
             if isinstance(entry, OnWebhook):
                 self._check_webhook(entry, ("on", str(number), "webhook"), file, definition, fault)
+        on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         return replace(workflow, steps=tuple(steps), on=on)
 
     def _check_webhook(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from orchestrator.counters import field
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Taken
@@ -144,6 +145,9 @@ class Deadlines:
         )  # fmt: skip
         if answer.verdict == "refused":
             log.error("step_was_taken_over", run=work.run, unit=work.unit, reason="it was killed; nobody waits for it")
+        if answer.verdict == "ok":
+            workflow = self._engine.plan(self._engine.ledger.plan_of(work.run)).workflow.name
+            self._engine.counters.add(field("steps", workflow=workflow, state=result.state))
         self._publish(work.run, answer.publish)
 
     def _outcome(self, killed: _Killed) -> outcome.Outcome:

@@ -24,8 +24,10 @@ from typing import Any, TypeVar
 from celery import Task
 from celery.exceptions import Reject
 
+from orchestrator.canvas import QUEUED_AT
 from orchestrator.celery_app import STEP_TASK
 from orchestrator.context import Context
+from orchestrator.counters import field as counter
 from orchestrator.durations import parse_duration, parse_time
 from orchestrator.engine import Engine
 from orchestrator.errors import (
@@ -58,6 +60,8 @@ log = get_logger(__name__)
 _T = TypeVar("_T")
 
 _RUNS_KNOWN = 128
+#: Outcomes of attempts that metrics count.
+_COUNTED = frozenset({"succeeded", "failed", "skipped", "cancelled", "retrying"})
 #: A function that cannot be found is looked for again after this long.
 _DEPLOY_LOOK_MS = 10_000
 #: How long to wait before a server that is away is asked again.
@@ -147,8 +151,12 @@ class StepRunner:
         """Whether the worker is to stop and nothing further shall be begun."""
         return self._slots is not None and self._slots.is_draining
 
-    def carry(self, run: str, units: list[str]) -> None:
-        """Run what a message carries, from its first unfinished unit on.
+    def end(self) -> None:
+        """Hand in what was counted; the process ends."""
+        self._engine.counters.close()
+
+    def carry(self, run: str, units: list[str], queued_ms: int | None = None) -> None:
+        """Run what a message carries, which was published at `queued_ms`, from its first unfinished unit on.
 
         Returns when there is nothing more for this process to do in this message. Whatever happens to the process,
         what it had taken is found by its lease, and what it had made ready in the outbox. Raises UnavailableError if
@@ -160,6 +168,9 @@ class StepRunner:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
             answer = self._ledger.begin(run, units, self._how(run))
+            if answer.taken is not None and queued_ms is not None:
+                waited_s = max(0.0, time.time() - queued_ms / 1000)
+                self._engine.counters.observe("queue_seconds", waited_s, pool=self._pool)
             while answer.taken is not None:
                 taken = answer.taken
                 if taken.unit != unit:
@@ -320,7 +331,7 @@ class StepRunner:
         inputs: list[Any],
         links: int,
     ) -> Answer:
-        state, payload, tail, delay_ms = "succeeded", "", "", 0
+        state, payload, tail, delay_ms, since = "succeeded", "", "", 0, time.monotonic()
         arguments: dict[str, Any] = {}
         try:
             if taken.losses >= self._settings.maximum_losses:
@@ -363,12 +374,17 @@ class StepRunner:
                 outcome = of_error(error, step, taken.tries, exc)
                 state, tail, delay_ms = outcome.state, outcome.tail + input_of(arguments, captured), outcome.delay_ms
                 log.info("step_failed", error=error.type, state=state)
-        return self._insist(
+        answer = self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(), delay_ms=delay_ms,
                 how=self._how(info.id, self._known_chunk(info.id)), inline=self._inline(links, taken),
             )
         )  # fmt: skip
+        if state in _COUNTED and answer.verdict == "ok":
+            counters = self._engine.counters
+            counters.add(counter("steps", workflow=info.plan.workflow.name, state=state))
+            counters.observe("step_seconds", time.monotonic() - since, pool=self._pool)
+        return answer
 
     def _evaluate(self, info: _RunInfo, step: Step, template: Any, names: dict[str, Any], captured: Captured) -> Any:
         """Evaluate an expression of a step, which may take for ever as its function may."""
@@ -562,7 +578,7 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
         if self.runner.is_draining:
             raise Reject("the worker stops", requeue=True)
         try:
-            self.runner.carry(run, units)
+            self.runner.carry(run, units, self.request.get(QUEUED_AT))
         except UnavailableError as exc:
             # Nothing but the message may know of a unit that was not begun.
             self.runner.outage.begins(exc)

@@ -113,5 +113,6 @@ def _prepare_children(
         task.runner = StepRunner(engine, identity, pool=pool, slots=slots, slot=slot)
 
     signals.worker_process_init.connect(begin, weak=False)
+    signals.worker_process_shutdown.connect(lambda **_: task.runner.end(), weak=False)
     # Celery's own set-up would write to the root logger; ours is made by the command line.
     signals.setup_logging.connect(lambda **_: None, weak=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +22,11 @@ from orchestrator.cli.access import (
     settings_of,
     with_servers,
 )
+from orchestrator.cli.audit import audit
 from orchestrator.cli.deadletters import app as dead_letters
+from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
 from orchestrator.workflows import Workflow, unknown
 
@@ -42,12 +44,13 @@ HostOption = Annotated[str | None, typer.Option(help="Address of the gateway.")]
 PortOption = Annotated[int | None, typer.Option(help="Port of the gateway; else a free one, and then always it.")]
 
 runs = typer.Typer(help="Look at runs, stop them, and go on with them.", no_args_is_help=True)
-events = typer.Typer(help="Look at events, and emit your own.", no_args_is_help=True)
 workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(events, name="events")
 app.add_typer(workflows, name="workflows")
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(tokens, name="tokens")
+app.command()(audit)
 
 
 # Definitions
@@ -238,23 +241,13 @@ def run(
     as_json: JsonOption = False,
 ) -> int:
     """Start a workflow by hand."""
-    from orchestrator.bus import EventBus
-    from orchestrator.dispatcher import manual_event
-    from orchestrator.runs import run_id
+    from orchestrator.operations import start_run
 
     given = _read_input(text)
     seconds = _seconds(timeout)
     settings = settings_of(project, data_dir)
     with engine_of(settings) as engine:
-        known = engine.ledger.workflows()
-        if name not in known:
-            raise NotFoundError(f"{unknown('workflow', name, known)} (in force: {', '.join(known) or 'none'})")
-        event = manual_event(name, given, event_id=key or str(uuid.uuid4()))
-        # Checked here for the one who types it; the dispatcher checks it again.
-        Workflow.from_json(known[name]["workflow"]).resolve_params(given, event.to_json())
-        _check_event(event)
-        EventBus(engine.app).publish([event])
-        run_key = run_id(name, event.source, event.id)
+        run_key, event = start_run(engine, name, given, key=key)
         if not wait:
             if as_json:
                 print_json({"id": run_key, "workflow": name, "event_id": event.id})
@@ -271,11 +264,6 @@ def _read_input(text: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InputError(f"--input must be a JSON object with the workflow's params, not {type(given).__name__}")
     return given
-
-
-def _check_event(event: Any) -> None:
-    """Raise InputError for an event that the dispatcher would set aside, as long as somebody is there to be told."""
-    type(event).from_json(event.to_json())
 
 
 def _seconds(timeout: str) -> float:
@@ -445,15 +433,11 @@ def runs_cancel(
     as_json: JsonOption = False,
 ) -> int:
     """Cancel runs and those nested in them: what has not begun never will, and steps at work are told to stop."""
+    from orchestrator.operations import cancel_runs
     from orchestrator.runs import RunState
 
-    told: list[dict[str, Any]] = []
     with engine_of(settings_of(project, data_dir)) as engine:
-        for run_id in run_ids:
-            engine.ledger.plan_of(run_id)  # all are known, or none is cancelled
-        for run_id in run_ids:
-            asked = engine.cancel(run_id)
-            told.append({"id": run_id, "cancelled": asked, "state": engine.ledger.outcome(run_id)[0]})
+        told = cancel_runs(engine, run_ids)
     if as_json:
         print_json({"items": told, "next": None})
         return 0
@@ -536,106 +520,20 @@ def runs_logs(
 ) -> None:
     """Show what each attempt of a run's steps printed and logged, and the tracebacks of those that failed."""
     from orchestrator.ledger.queries import Queries
+    from orchestrator.operations import read_logs
 
     with engine_of(settings_of(project, data_dir)) as engine:
-        queries = Queries(engine.ledger, engine.payloads)
-        steps = queries.run(run_id).steps
-        if step is not None and step not in [one.id for one in steps]:
-            raise NotFoundError(f"run {run_id} has no step {step!r}; it has {', '.join(one.id for one in steps)}")
-        found = queries.logs(run_id, step, index)
+        found, _ = read_logs(Queries(engine.ledger, engine.payloads), run_id, step, index)
     if as_json:
-        entries = []
-        for slot, attempt, text, error in found:
-            name, _, item = slot.partition("/")
-            number = int(item) if item else None
-            entries.append({"step": name, "index": number, "attempt": attempt, "text": text, "error": error})
-        print_json({"items": entries, "next": None})
+        print_json({"items": found, "next": None})
         return
-    for slot, attempt, text, error in found:
-        for line in text.splitlines():
-            print(f"{slot} #{attempt} | {line}")
-        if error:
-            for line in (error.get("traceback") or describe(error)).splitlines():
-                print(f"{slot} #{attempt} ! {line}")
-
-
-# Events
-
-
-@events.command("list")
-def events_list(
-    limit: LimitOption = 50,
-    after: AfterOption = None,
-    project: ProjectOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List events, newest first, with what came of them."""
-    from orchestrator.ledger.queries import Queries
-
-    with engine_of(settings_of(project, data_dir)) as engine:
-        found, cursor = Queries(engine.ledger, engine.payloads).events(limit=limit, after=after)
-    if as_json:
-        print_json({"items": found, "next": cursor})
-        return
-    rows = [
-        (
-            one["accepted_at"],
-            one["event"]["type"],
-            one["event"].get("subject", ""),
-            "; ".join(
-                f"{name}: {verdict}" for name, verdict in one["verdicts"].items() if verdict.startswith("started")
-            ),
-            one["event"]["id"],
-        )
-        for one in found
-    ]
-    print_table(["accepted", "type", "subject", "started", "id"], rows)
-    if cursor:
-        print(f"more: --after {cursor}")
-
-
-@events.command("show")
-def events_show(
-    event_id: str, project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
-) -> None:
-    """Show an event and the verdict of every workflow on it."""
-    from orchestrator.ledger.queries import Queries
-
-    with engine_of(settings_of(project, data_dir)) as engine:
-        found = Queries(engine.ledger, engine.payloads).event(event_id)
-    if as_json:
-        print_json(found)
-        return
-    print_json(found["event"])
-    print_table(["workflow", "verdict"], found["verdicts"].items())
-
-
-@events.command("emit")
-def events_emit(
-    type_: Annotated[str, typer.Option("--type", help="What happened, as shop.order.placed.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "orchestrator:emit",
-    data: Annotated[str | None, typer.Option(help="The data as JSON, or @FILE.")] = None,
-    subject: Annotated[str | None, typer.Option(help="What it happened to.")] = None,
-    event_id: Annotated[str | None, typer.Option("--id", help="Identity within the source; else a new one.")] = None,
-    project: ProjectOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Put an event of your own on the bus."""
-    from orchestrator.bus import EventBus
-    from orchestrator.events import Event
-
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = None if data is None else read_json("--data", data)
-    event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
-    _check_event(event)
-    with engine_of(settings_of(project, data_dir)) as engine:
-        EventBus(engine.app).publish([event])
-    if as_json:
-        print_json(event.to_json())
-    else:
-        print(event.id)
+    for one in found:
+        slot = one["step"] if one["index"] is None else f"{one['step']}/{one['index']}"
+        for line in one["text"].splitlines():
+            print(f"{slot} #{one['attempt']} | {line}")
+        if one["error"]:
+            for line in (one["error"].get("traceback") or describe(one["error"])).splitlines():
+                print(f"{slot} #{one['attempt']} ! {line}")
 
 
 @app.command()

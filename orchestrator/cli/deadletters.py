@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -39,25 +38,6 @@ AllOption = Annotated[bool, typer.Option("--all", help="All of them.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
-def _filter(
-    workflow: str | None,
-    step: str | None,
-    reason: str | None,
-    fingerprint: str | None,
-    since: str | None,
-    run: str | None,
-) -> Any:
-    import time
-
-    from orchestrator.deadletters import REASONS, Filter, parse_since
-    from orchestrator.workflows import unknown
-
-    if reason is not None and reason not in REASONS:
-        raise InputError(f"--reason: {unknown('reason', reason, REASONS)}; there are {', '.join(REASONS)}")
-    since_ms = None if since is None else parse_since(since, time.time_ns() // 1_000_000)
-    return Filter(workflow=workflow, step=step, reason=reason, fingerprint=fingerprint, run=run, since_ms=since_ms)
-
-
 def _letters_of(engine: Any) -> Any:
     from orchestrator.deadletters import DeadLetters
 
@@ -80,7 +60,9 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List dead letters, newest first."""
-    which = _filter(workflow, step, reason, fingerprint, since, run)
+    from orchestrator.operations import filter_of
+
+    which = filter_of(workflow=workflow, step=step, reason=reason, fingerprint=fingerprint, since=since, run=run)
     with engine_of(settings_of(project, data_dir)) as engine:
         letters = _letters_of(engine)
         if group:
@@ -194,22 +176,23 @@ def redrive(
 ) -> int:
     """Send dead letters back: steps go on in their runs. Exit code 0 if all of them were sent and no canary failed."""
     from orchestrator.durations import parse_duration
+    from orchestrator.operations import choose_letters, filter_of, parse_rate
     from orchestrator.redrive import Options, Redrive
 
-    which = _filter(workflow, step, reason, fingerprint, since, run)
+    which = filter_of(workflow=workflow, step=step, reason=reason, fingerprint=fingerprint, since=since, run=run)
     try:
         timeout_s = parse_duration(timeout).total_seconds()
     except ValueError as exc:
         raise InputError(f"--timeout {exc}") from exc
     options = Options(
         mended=None if mended is None else read_json("--input", mended),
-        rate=_rate(rate),
+        rate=parse_rate(rate),
         canary=canary,
         timeout_s=timeout_s,
     )
     with engine_of(settings_of(project, data_dir)) as engine:
         letters = _letters_of(engine)
-        chosen = _choose(letters, ids or (), which, everything=everything)
+        chosen = choose_letters(letters, ids or (), which, everything=everything)
         if not chosen:
             print("no dead letter matches", file=sys.stderr)
         if not ids and chosen and sys.stdin.isatty() and not yes:
@@ -228,25 +211,6 @@ def redrive(
     return 0 if summary.worked else 1
 
 
-def _rate(text: str | None) -> float:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*s)?\s*", text or "0", re.ASCII)
-    if match is None or (text is not None and not float(match[1])):
-        raise InputError(f"--rate must be a number of letters a second, as 10/s, not {text!r}")
-    return float(match[1])
-
-
-def _choose(letters: Any, ids: Sequence[str], which: Any, *, everything: bool) -> Sequence[Any]:
-    """Return the letters that were meant; never all of them by accident. Raises InputError, NotFoundError."""
-    if ids:
-        if everything or not which.is_empty:
-            raise InputError("give ids or a filter, not both")
-        found: Sequence[Any] = letters.listed(ids)
-        return found
-    if which.is_empty and not everything:
-        raise InputError("which dead letters? give ids, a filter such as --fingerprint, or --all")
-    return list(letters.all(which))
-
-
 @app.command()
 def discard(
     ids: IdsArgument = None,
@@ -263,10 +227,12 @@ def discard(
     as_json: JsonOption = False,
 ) -> int:
     """Drop dead letters, with the bytes of messages; runs stay as they are. Asks first."""
-    which = _filter(workflow, step, reason, fingerprint, since, run)
+    from orchestrator.operations import choose_letters, filter_of
+
+    which = filter_of(workflow=workflow, step=step, reason=reason, fingerprint=fingerprint, since=since, run=run)
     with engine_of(settings_of(project, data_dir)) as engine:
         letters = _letters_of(engine)
-        chosen = [one.id for one in _choose(letters, ids or (), which, everything=everything)]
+        chosen = [one.id for one in choose_letters(letters, ids or (), which, everything=everything)]
         if chosen and not yes:
             if not sys.stdin.isatty():
                 raise InputError(

@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 import redis
 
 from orchestrator.asgi import Asgi, Receive, Scope, Send, problem, reply
-from orchestrator.bus import EventBus
 from orchestrator.cli.http_server import HttpServer
 from orchestrator.engine import Engine
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
@@ -138,7 +137,7 @@ class Gateway:
     Making one binds its addresses: raises as `listen` does, and SettingsError if what would be open is not protected.
     """
 
-    def __init__(self, engine: Engine, bus: EventBus) -> None:
+    def __init__(self, engine: Engine) -> None:
         check_exposure(engine)
         listeners = listen(engine.settings)
         self.url = listeners.url
@@ -146,7 +145,7 @@ class Gateway:
         # One that waits for no server: who delivers would wait as long.
         self._impatient = Engine(engine.settings, app=engine.app, patience_s=0.0, timeout_s=1.0)
         self._hooks = Hooks(
-            publish=bus.publish,
+            publish=engine.bus.publish,
             known=_Known(self._impatient),
             ends=RunEnds(self._impatient.ledger),
             payloads=engine.payloads,

@@ -6,18 +6,20 @@ Lists answer at most `limit` entries, newest first, and a cursor for the rest (t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.errors import NotFoundError
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
-from orchestrator.payloads import BlobNotFound, Payloads
+from orchestrator.payloads import Payloads
 from orchestrator.plan import Plan
 from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
 from orchestrator.workflows import END
 
 _PAGE = 200
+_INDEX = re.compile(r"\d{1,9}\Z", re.ASCII)
 
 
 class Queries:
@@ -81,8 +83,8 @@ class Queries:
             episode=int(fields["episode"]),
             event_id=fields["event_id"],
             plan=fields["plan"],
-            input=self._value(fields.get("input", "")),
-            output=self._value(fields.get("output", "")),
+            input=self._payloads.unpack_or_none(fields.get("input", "")),
+            output=self._payloads.unpack_or_none(fields.get("output", "")),
             error=json.loads(fields["error"]) if fields.get("error") else None,
             created_at=rfc3339(int(fields["created_at"])) or "",
             started_at=_time(fields.get("started_at")),
@@ -114,13 +116,6 @@ class Queries:
             fields = [f"{step_id}/{index}" for index in range(lo, min(lo + 1000, count))]
             for state in self._client.hmget(keys.run_key(run, "states"), fields):
                 yield state or "queued"
-
-    def _value(self, payload: str) -> Any:
-        """Return the value of a payload; None if its blob is lost: the rest of the run is still to be seen."""
-        try:
-            return self._payloads.unpack(payload)
-        except BlobNotFound:
-            return None
 
     def _slots(self, run: str, slots: Sequence[str], *, with_output: bool = True) -> list[StepRun]:
         """Read steps or items (`step/index`)."""
@@ -157,7 +152,7 @@ class Queries:
                     worker=record.get("worker"),
                     code=record.get("code"),
                     error=record.get("error"),
-                    output=self._value(outputs[n] or "") if with_output else None,
+                    output=self._payloads.unpack_or_none(outputs[n] or "") if with_output else None,
                     run=nested[n] if nested[n] != "~" else None,
                     due_at=rfc3339(due[n] or wakes[n]),
                 )
@@ -177,7 +172,7 @@ class Queries:
         """Return items of a fan-out in their order, and the cursor of the next page."""
         self.step(run, step_id)
         count = int(self._client.hget(keys.run_key(run, "states"), f"n:{step_id}") or 0)
-        if after is not None and not after.isdigit():
+        if after is not None and not _INDEX.match(after):
             raise NotFoundError(f"--after {after}: no such cursor; begin without it")
         lo = 0 if after is None else int(after) + 1
         hi = min(lo + limit, count)
@@ -185,59 +180,40 @@ class Queries:
         return (self._slots(run, slots) if slots else []), (str(hi - 1) if hi < count else None)
 
     def logs(
-        self, run: str, step_id: str | None = None, index: int | None = None
-    ) -> list[tuple[str, int, str, Mapping[str, Any] | None]]:
+        self,
+        run: str,
+        step_id: str | None = None,
+        index: int | None = None,
+        *,
+        limit: int | None = None,
+        after: str | None = None,
+    ) -> tuple[list[tuple[str, int, str, Mapping[str, Any] | None]], str | None]:
         """Return what attempts printed and logged, and their errors: (step or step/index, attempt, text, error), in the
-        plan's order; attempts with neither are left out."""
-        order = [END, *self._ledger.plan(self._ledger.plan_of(run)).topological()]
-        texts = self._client.hgetall(keys.run_key(run, "logs"))
+        plan's order, and the cursor of the next page; attempts with neither are left out."""
+        order = {step: n for n, step in enumerate((END, *self._ledger.plan(self._ledger.plan_of(run)).topological()))}
         errors = {
             field: error
             for field, record in self._client.hgetall(keys.run_key(run, "attempts")).items()
             if "@" in field and (error := json.loads(record).get("error"))
         }
         found = []
-        for field in texts.keys() | errors.keys():
+        for field in {*self._client.hkeys(keys.run_key(run, "logs")), *errors}:
             slot, _, attempt = str(field).rpartition("@")
             step, _, item = slot.partition("/")
             if step in order and step_id in (None, step) and (index is None or item == str(index)):
-                found.append((order.index(step), int(item or -1), int(attempt), slot, str(field)))
-        return [(slot, n, str(texts.get(field, "")), errors.get(field)) for _, _, n, slot, field in sorted(found)]
-
-    def event(self, key: str) -> dict[str, Any]:
-        """Return an event by its id or key: {"event", "accepted_at", "verdicts"}."""
-        text = self._client.get(keys.event_key(key))
-        if text is None:
-            for _, row in self._newest(keys.EVENTS, None, self._events):
-                if row and json.loads(row)["event"]["id"] == key:
-                    text = row
-                    break
-        if text is None:
-            raise NotFoundError(f"event {key!r} is not known; see `orchestrator events list`")
-        return self._event(str(text))
-
-    def events(self, *, limit: int = 50, after: str | None = None) -> tuple[list[dict[str, Any]], str | None]:
-        """Return events with their verdicts, and the cursor of the next page."""
-        found: list[dict[str, Any]] = []
-        last = None
-        for key, text in self._newest(keys.EVENTS, after, self._events):
-            if not text:
-                continue
-            if len(found) == limit:
-                return found, last
-            found.append(self._event(text))
-            last = key
-        return found, None
-
-    def _events(self, ids: Sequence[str]) -> list[str | None]:
-        rows: list[str | None] = self._client.mget([keys.event_key(key) for key in ids])
-        return rows
-
-    @staticmethod
-    def _event(text: str) -> dict[str, Any]:
-        body: dict[str, Any] = json.loads(text)
-        body["accepted_at"] = rfc3339(body["accepted_at"])
-        return body
+                found.append((order[step], int(item or -1), int(attempt), slot, str(field)))
+        found.sort()
+        names = [row[-1] for row in found]
+        if after is not None and after not in names:
+            raise NotFoundError(f"--after {after}: no such cursor; begin without it")
+        lo = 0 if after is None else names.index(after) + 1
+        page = found[lo:] if limit is None else found[lo : lo + limit]
+        texts = self._client.hmget(keys.run_key(run, "logs"), [row[-1] for row in page]) if page else []
+        rows = [
+            (slot, n, str(text or ""), errors.get(field))
+            for (_, _, n, slot, field), text in zip(page, texts, strict=True)
+        ]
+        return rows, names[lo + len(page) - 1] if lo + len(page) < len(names) else None
 
 
 def _time(text: str | None) -> str | None:

@@ -782,7 +782,7 @@ def test_what_waits_shows_its_last_error_and_when_it_is_due(engine: Engine, ledg
         assert (one.state, one.attempts, (one.error or {}).get("type")) == ("retrying", 1, "Boom")
     assert second.attempts == 0
     assert [bool(one.due_at) for one in (shown["a"], first, shown["c"], second)] == [True, True, True, False]
-    assert [(slot, n, text, (error or {}).get("type")) for slot, n, text, error in queries.logs("r")] == [
+    assert [(slot, n, text, (error or {}).get("type")) for slot, n, text, error in queries.logs("r")[0]] == [
         ("a", 1, "first", "Boom"),
         ("b/0", 1, "", "Boom"),
     ]

@@ -212,7 +212,7 @@ def test_context_says_where_one_is(place: Place) -> None:
 
 def test_what_a_step_prints_and_logs_is_kept(place: Place) -> None:
     run = place.run(workflow(step("t", "talk"), step("quiet", "noop")))
-    ((slot, attempt, text, _),) = place.queries.logs(run.id)
+    ((slot, attempt, text, _),) = place.queries.logs(run.id)[0]
     assert (slot, attempt) == ("t", 1)
     assert text.splitlines() == ["printed", "to stderr", "INFO mine: logged", "WARNING w.t: by context"]
 
@@ -228,13 +228,13 @@ def test_each_line_of_the_workers_log_says_whose_it_is(place: Place) -> None:
     assert told["key"] == ["***"]
     assert threads["event"] == "from a thread"
     assert (failed["event"], failed["error"]) == ("step_failed", "RuntimeError")
-    ((_, _, text, _),) = place.queries.logs(run.id)
+    ((_, _, text, _),) = place.queries.logs(run.id)[0]
     assert text.splitlines() == ["mine: opened with ***", "mine: from a thread"]
 
 
 def test_threads_of_a_step_and_bytes_are_captured_too(place: Place) -> None:
     run = place.run(workflow(step("t", "talk_in_threads")))
-    ((_, _, text, _),) = place.queries.logs(run.id)
+    ((_, _, text, _),) = place.queries.logs(run.id)[0]
     assert sorted(text.splitlines()) == ["bytes", "from", "threads"]
 
 
@@ -244,7 +244,7 @@ def test_a_step_may_use_processes_of_its_own(place: Place) -> None:
 
 def test_captured_text_is_bounded_and_says_so(place: Place) -> None:
     run = place.run(workflow(step("t", "chatter", with_={"characters": 200_000})))
-    ((_, _, text, _),) = place.queries.logs(run.id)
+    ((_, _, text, _),) = place.queries.logs(run.id)[0]
     assert len(text) < 70_000
     assert text.rstrip().endswith("more characters were not kept]")
 
@@ -253,7 +253,7 @@ def test_secrets_reach_the_step_and_are_masked_everywhere_else(place: Place) -> 
     run = place.run(workflow(step("t", "whisper", with_={"secret": "{{ secrets.TOKEN }}"})))
     assert run.error is not None
     assert run.error["message"] == "leaked ***"
-    ((_, _, text, _),) = place.queries.logs(run.id)
+    ((_, _, text, _),) = place.queries.logs(run.id)[0]
     assert text == "the secret is ***\n"
     client = place.engine.ledger.client
     for key in client.scan_iter(f"*{run.id}*"):

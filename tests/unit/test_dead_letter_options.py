@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli.commands import app
-from orchestrator.cli.deadletters import _rate
 from orchestrator.deadletters import DeadLetter, Filter, fingerprint_of, parse_since
 from orchestrator.errors import InputError
+from orchestrator.operations import parse_rate
 from orchestrator.redrive import _batches, _canaries
 
 NOW_MS = 1_800_000_000_000
@@ -76,7 +76,7 @@ def test_steps_of_a_run_go_together_and_canaries_over_many_runs() -> None:
 
 @pytest.mark.parametrize(("text", "rate"), [("10/s", 10), ("0.5", 0.5), (" 3 / s ", 3), (None, 0)])
 def test_a_rate(text: str | None, rate: float) -> None:
-    assert _rate(text) == rate
+    assert parse_rate(text) == rate
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""What the API answers, for OpenAPI: the objects of `--json`. They are made elsewhere; here they are described."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from orchestrator.runs import RunState, StepRunState
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = Field(description="What is wrong, which thing it is about, and what to do, in one line.")
+    errors: list[dict[str, str]] | None = Field(default=None, description="Of parameters and bodies: every fault.")
+
+
+class Error(BaseModel):
+    type: str
+    message: str
+
+
+class StepRun(BaseModel):
+    id: str
+    state: StepRunState
+    index: int | None = None
+    attempts: int
+    started_at: str | None
+    finished_at: str | None
+    worker: str | None
+    code: str | None
+    error: Error | None
+    items: dict[str, int] | None = Field(description="Of a fan-out: its items by state.")
+    output: Any
+    run: str | None = Field(default=None, description="The nested run.")
+    due_at: str | None = None
+
+
+class RunInList(BaseModel):
+    id: str
+    workflow: str
+    state: RunState
+    episode: int
+    event_id: str
+    plan: str
+    parent: dict[str, Any] | None
+    input: Any
+    output: Any
+    error: Error | None
+    cancel_requested: bool
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
+class Run(RunInList):
+    steps: list[StepRun]
+
+
+class Page(BaseModel):
+    items: list[Any]
+    next: str | None = Field(description="What `after` takes for the next page; null: this is the last.")
+
+
+class Runs(Page):
+    items: list[RunInList]
+
+
+class StepRuns(Page):
+    items: list[StepRun]
+
+
+class LogEntry(BaseModel):
+    step: str
+    index: int | None
+    attempt: int
+    text: str
+    error: Error | None
+
+
+class Logs(Page):
+    items: list[LogEntry]
+
+
+class Started(BaseModel):
+    id: str
+    workflow: str
+    event_id: str
+
+
+class Cancelled(BaseModel):
+    id: str
+    cancelled: bool = Field(description="Whether this request has asked for it; not if it has ended, or is asked for.")
+    state: RunState
+
+
+class Resumed(BaseModel):
+    run: str
+    workflow: str
+    episode: int
+    definition_changed: bool
+    keeps: list[str]
+    again: dict[str, str]
+    gone: list[str]
+
+
+class Rerun(BaseModel):
+    id: str
+    rerun_of: str
+
+
+class Workflow(BaseModel):
+    name: str
+    steps: list[dict[str, Any]]
+
+
+class Workflows(Page):
+    items: list[Workflow]
+
+
+class Canvas(BaseModel):
+    when: str
+    canvas: str
+
+
+class Canvases(Page):
+    items: list[Canvas]
+
+
+class Event(BaseModel):
+    """A CloudEvent in its JSON format."""
+
+    specversion: str
+    id: str
+    source: str
+    type: str
+    time: str
+
+
+class EventRecord(BaseModel):
+    event: Event | None
+    accepted_at: str
+    verdicts: dict[str, Any]
+
+
+class EventRecords(Page):
+    items: list[EventRecord]
+
+
+class Events(Page):
+    items: list[Event]
+
+
+class DeadLetter(BaseModel):
+    id: str
+    kind: str
+    reason: str
+    detail: str
+    fingerprint: str
+    first_at: str
+    last_at: str
+    count: int
+    queue: str
+    workflow: str | None
+    run: str | None
+    step: str | None
+    index: int | None
+    event_id: str | None
+    error: Error | None
+    episode: int
+    attempts: int
+    losses: int
+
+
+class DeadLetters(Page):
+    items: list[DeadLetter]
+
+
+class Group(BaseModel):
+    fingerprint: str
+    count: int
+    reason: str
+    detail: str
+    first_at: str
+    last_at: str
+    example: str
+
+
+class Groups(Page):
+    items: list[Group]
+
+
+class Redriven(BaseModel):
+    sent: list[str]
+    succeeded: list[str]
+    skipped: dict[str, str]
+    left: list[str]
+    stopped: str | None
+
+
+class Discarded(BaseModel):
+    discarded: int
+
+
+class AuditEntry(BaseModel):
+    id: str
+    at: str
+    who: str = Field(description="The name of the token, or `loopback`.")
+    address: str
+    action: str
+    target: str | None
+    status: int | None = Field(description="Of the answer; null: it is not known what came of it.")
+    about: dict[str, Any]
+
+
+class AuditEntries(Page):
+    items: list[AuditEntry]
+
+
+class Schedule(BaseModel):
+    name: str
+    workflow: str
+    spec: dict[str, Any]
+    paused: bool
+    last_due_at: str | None
+    next_due_at: list[str]
+
+
+class Schedules(Page):
+    items: list[Schedule]
+
+
+class Backfill(BaseModel):
+    """What a backfill comes to."""

@@ -1,0 +1,85 @@
+"""`orchestrator tokens`: who may use the API."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.access import DataDirOption, JsonOption, ProjectOption, engine_of, settings_of
+from orchestrator.cli.output import print_json, print_table
+from orchestrator.errors import InputError
+from orchestrator.tokens import Scope, Tokens
+
+app = typer.Typer(help="Make, list and revoke the bearer tokens of the API.", no_args_is_help=True)
+
+
+@contextmanager
+def _changing(engine: Any, action: str, name: str, **about: Any) -> Iterator[Tokens]:
+    """Give the tokens for a change, which is put into the audit log."""
+    from orchestrator.audit import Audit
+
+    try:
+        who = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        who = "somebody"
+    audit = Audit(engine.ledger)
+    entry = {"who": f"command line ({who})", "address": "", "action": action, "target": name, "about": about}
+    entry_id = audit.begin(entry | {"status": None}, time.time_ns() // 1_000_000)
+    try:
+        yield Tokens(engine.ledger)
+    except Exception:
+        audit.complete(entry_id, entry | {"status": 422})
+        raise
+    audit.complete(entry_id, entry | {"status": 200})
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What the audit log calls who has it.")],
+    scope: Annotated[Scope, typer.Option(help="read, run (and cancel, resume, emit), or admin.")] = Scope.READ,
+    expires: Annotated[str | None, typer.Option(help="After how long it is worthless, as 90d.")] = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a token and print it; it is shown this once. From the first one on, the API asks for tokens."""
+    from orchestrator.durations import parse_duration
+
+    now_ms = time.time_ns() // 1_000_000
+    try:
+        expires_at = None if expires is None else now_ms + round(parse_duration(expires).total_seconds() * 1000)
+    except ValueError as exc:
+        raise InputError(f"--expires {exc}") from exc
+    with engine_of(settings_of(project, data_dir)) as engine:
+        with _changing(engine, "create_token", name, scope=str(scope)) as tokens:
+            token = tokens.create(name, scope, now_ms=now_ms, expires_at=expires_at)
+    if as_json:
+        print_json({"name": name, "scope": str(scope), "token": token})
+    else:
+        print(token)
+
+
+@app.command("list")
+def list_(project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """List the tokens; not what they are."""
+    with engine_of(settings_of(project, data_dir)) as engine:
+        items = [token.to_json() for token in Tokens(engine.ledger).list()]
+    if as_json:
+        print_json({"items": items, "next": None})
+        return
+    columns = ["name", "scope", "created_at", "expires_at"]
+    print_table(columns, [[one[column] for column in columns] for one in items])
+
+
+@app.command()
+def revoke(name: str, project: ProjectOption = None, data_dir: DataDirOption = None) -> None:
+    """Make a token worthless, from now on."""
+    with engine_of(settings_of(project, data_dir)) as engine:
+        with _changing(engine, "revoke_token", name) as tokens:
+            tokens.revoke(name)
+    print(f"revoked {name}")
