@@ -140,3 +140,24 @@ def test_what_is_started_by_hand_is_for_one_workflow() -> None:
     assert matcher.match(event) == ["w"]
     assert matcher.why_not("v", event) == "the event is for another workflow"
     assert matcher.match(event | {"subject": "x"}) == []
+
+
+@pytest.mark.parametrize(
+    ("on", "followed"),
+    [
+        (
+            OnRun(workflow=("a", "b"), state=("failed", "cancelled")),
+            {"a:failed", "a:cancelled", "b:failed", "b:cancelled"},
+        ),
+        (OnEvent(pattern={"type": [{"prefix": "orchestrator.run.f"}]}), {"*:failed"}),
+        (OnEvent(pattern={"data": {"x": [1]}}), {"*:succeeded", "*:failed", "*:cancelled"}),
+        (OnEvent(pattern={"source": ["shop"]}), set()),
+        (OnFile(path="/in"), set()),
+        (OnS3(bucket="b-1"), set()),
+        (OnWebhook(path="a"), set()),
+        (OnSchedule(cron="@daily"), set()),
+        (QUEUE, set()),
+    ],
+)
+def test_ends_of_runs_are_events_only_where_an_entry_may_ask_for_them(on: On, followed: set[str]) -> None:
+    assert Matcher([workflow("w", on)]).followed() == followed
