@@ -97,12 +97,12 @@ def addresses(data_dir: Path) -> dict[str, str]:
         state = json.loads((data_dir / STATE).read_text())
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return {name: str(url) for name, url in state.items()} if isinstance(state, dict) else {}
 
 
 def _listen(which: str, host: str, port: int, kept: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    tries = [port] if port else [urlsplit(kept).port or 0, 0]
+    tries = [port] if port else [_port(kept), 0]
     for number in tries:
         try:
             return socket.create_server((host, number), family=family, backlog=_BACKLOG)
@@ -117,6 +117,13 @@ def _listen(which: str, host: str, port: int, kept: str) -> socket.socket:
                 f"cannot listen on {host} port {port}: {exc.strerror}; set {which}host and {which}port to others"
             ) from exc
     raise AssertionError  # port 0 is always tried
+
+
+def _port(url: str) -> int:
+    try:
+        return urlsplit(url).port or 0
+    except ValueError:
+        return 0
 
 
 def _url(host: str, listener: socket.socket) -> str:
