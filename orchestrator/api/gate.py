@@ -71,7 +71,9 @@ class Gate:
 
         try:
             if current_default_thread_limiter().statistics().tasks_waiting > _WAITING:
-                raise Refusal(503, "there are more requests than can be answered; try again", headers={"Retry-After": "1"})
+                raise Refusal(
+                    503, "there are more requests than can be answered; try again", headers={"Retry-After": "1"}
+                )
             caller = await run_in_threadpool(self._caller, Headers(scope=scope), scope.get("client"))
             scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, sending)
