@@ -43,7 +43,8 @@ REASONS = (
     "error", "timeout", "memory", "worker_lost",
     "unknown_task",
     "envelope", "body", "content_type", "expired", "not_a_step",
-    "not_an_event", "dispatch",
+    "not_an_event", "dispatch", "loop",
+    "notification",
 )  # fmt: skip
 
 _DAY_S = 86_400

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.bus import EventBus
 from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError
-from orchestrator.events import FILE_CREATED, MANUAL, Event
-from orchestrator.patterns import EventPattern
+from orchestrator.eventlog import Verdict
+from orchestrator.events import MANUAL, MANUAL_SOURCE, Event
+from orchestrator.matching import Matcher, is_by_hand
 from orchestrator.plan import Plan
 from orchestrator.runs import StepError, run_id
 from orchestrator.service import Service
-from orchestrator.subscriptions import OnEvent, OnFile, file_source
 from orchestrator.telemetry import Outage, bound, get_logger
 from orchestrator.workflows import Workflow
 
@@ -30,51 +29,30 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
-    plan: Plan
-    sources: frozenset[str]
-    patterns: tuple[EventPattern, ...]
+class _InForce:
+    """The definitions that hold for the events that come now."""
 
-    @classmethod
-    def of(cls, workflow: Workflow) -> _Rule:
-        return cls(
-            Plan.of(workflow),
-            frozenset(file_source(workflow.name, on.path) for on in workflow.on if isinstance(on, OnFile)),
-            tuple(EventPattern.compile(on.pattern) for on in workflow.on if isinstance(on, OnEvent)),
-        )
-
-    def verdict(self, event: Event, body: dict[str, Any]) -> str | None:
-        """Return None if the workflow asked for this event, else why it did not."""
-        if event.type == MANUAL and event.source == "orchestrator:run":
-            return None if event.subject == self.plan.workflow.name else "the event is for another workflow"
-        if event.type == FILE_CREATED and event.source in self.sources:
-            return None
-        reasons = []
-        for pattern in self.patterns:
-            mismatch = pattern.explain(body)
-            if mismatch is None:
-                return None
-            reasons.append(str(mismatch))
-        return "; ".join(reasons) or "no `on:` entry asks for such events"
+    plans: Mapping[str, Plan]
+    matcher: Matcher
+    hash: str
 
 
 class Dispatcher:
     """Takes events off the bus, in a thread of its own, and starts what they ask for."""
 
-    def __init__(
-        self, engine: Engine, bus: EventBus, *, on_start: Callable[[str, str, Event], None] | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, *, on_start: Callable[[str, str, Event], None] | None = None) -> None:
         self._engine = engine
         self._on_start = on_start
-        self._rules: tuple[_Rule, ...] = ()
+        self._in_force = _InForce({}, Matcher(()), "")
         self._outage = Outage(log, "dispatcher")
-        self._service = Service("dispatcher", lambda stopping: bus.consume(self._receive, stopping))
+        self._service = Service("dispatcher", lambda stopping: engine.bus.consume(self._receive, stopping))
 
     def apply(self, workflows: Iterable[Workflow]) -> None:
         """Put definitions in force for the events that come from now on; also in the ledger, for whoever asks it."""
-        rules = tuple(_Rule.of(workflow) for workflow in workflows)
-        self._engine.ledger.publish_workflows(rule.plan for rule in rules)
-        self._rules = rules
+        plans = {workflow.name: Plan.of(workflow) for workflow in workflows}
+        matcher = Matcher(plan.workflow for plan in plans.values())
+        definitions = self._engine.ledger.publish_workflows(plans.values(), followed=matcher.followed())
+        self._in_force = _InForce(plans, matcher, definitions)
 
     def start(self) -> None:
         """Begin to take events; returns at once. A second start does nothing."""
@@ -117,37 +95,41 @@ class Dispatcher:
         self._engine.ledger.set_aside(raw, reason, now_ms(), detail=detail, queue=EVENT_QUEUE)
         log.error("event_set_aside", reason=reason)  # the detail may quote the event
 
-    def dispatch(self, event: Event) -> dict[str, str]:
-        """Start what an event asks for and return the verdict of each workflow; idempotent.
+    def dispatch(self, event: Event) -> dict[str, Verdict]:
+        """Start what an event asks for and return the verdict of each workflow that asked for it; idempotent.
 
         Raises UnavailableError if the ledger or the broker is away: then it is to be dispatched again.
         """
-        ledger = self._engine.ledger
-        if ledger.seen(event):
+        events, in_force = self._engine.events, self._in_force
+        if events.seen(event):
+            events.note_again(event, now_ms())
             log.info("event_seen_before", source=event.source)
             return {}
-        body = event.to_json()
-        verdicts: dict[str, str] = {}
-        for rule in self._rules:
-            name = rule.plan.workflow.name
-            refusal = rule.verdict(event, body)
-            verdicts[name] = refusal if refusal is not None else self._start(rule.plan, event, body)
-        if event.type == MANUAL and event.subject not in verdicts:
-            verdicts[str(event.subject)] = "no such workflow is in force"
-        ledger.mark_seen(event, verdicts, accepted_ms=now_ms(), dedupe_s=self._engine.settings.dedupe_s)
+        verdicts: dict[str, Verdict] = {}
+        is_loop = event.hops > self._engine.settings.maximum_hops
+        if is_loop:
+            detail = f"{event.hops} runs have caused each other, the last of workflow {event.subject}; see maximum_hops"
+            self._set_aside(json.dumps(event.to_json()).encode(), "loop", detail)
+        else:
+            body = event.to_json()
+            for name in in_force.matcher.match(body):
+                verdicts[name] = self._start(in_force.plans[name], event, body)
+            if is_by_hand(body) and not verdicts:
+                verdicts[str(event.subject)] = Verdict(verdict="no_match", reason="no such workflow is in force")
+        events.note(event, verdicts, definitions=in_force.hash, now_ms=now_ms(), loop=is_loop)
         return verdicts
 
-    def _start(self, plan: Plan, event: Event, body: dict[str, Any]) -> str:
+    def _start(self, plan: Plan, event: Event, body: dict[str, Any]) -> Verdict:
         name = plan.workflow.name
         run = run_id(name, event.source, event.id)
-        given = event.data if event.type == MANUAL and isinstance(event.data, dict) else {}
+        given = event.data if is_by_hand(body) and isinstance(event.data, dict) else {}
         try:
             params = plan.workflow.resolve_params(given, body)
             started = self._engine.start(run, plan, event=body, params=params)
         except UnavailableError:
             raise
         except OrchestratorError as exc:
-            started = self._engine.ledger.start_failed(
+            self._engine.ledger.start_failed(
                 run,
                 workflow=name,
                 plan=plan.hash,
@@ -156,15 +138,16 @@ class Dispatcher:
                 created_ms=now_ms(),
                 error=json.dumps(StepError(type=type(exc).__name__, message=str(exc)).to_json()),
             )
+            self._engine.tell_followers(run)
             # Its text quotes the input; the run has it.
             log.error("run_refused", run=run, workflow=name, error=type(exc).__name__)
-            return f"started run {run}, which failed at once: {exc}"
+            return Verdict(verdict="refused", run=run, reason=str(exc))
         if started and self._on_start is not None:
             self._on_start(run, name, event)
-        return f"started run {run}"
+        return Verdict(verdict="started", run=run)
 
 
 def manual_event(workflow: str, data: object, *, event_id: str) -> Event:
     """Return the event that starts a workflow by hand, with `data` as its input."""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Event(id=event_id, source="orchestrator:run", type=MANUAL, subject=workflow, time=moment, data=data)
+    return Event(id=event_id, source=MANUAL_SOURCE, type=MANUAL, subject=workflow, time=moment, data=data)

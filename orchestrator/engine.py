@@ -16,15 +16,18 @@ from typing import Any
 from celery import Celery
 
 from orchestrator import canvas
+from orchestrator.bus import EventBus
 from orchestrator.celery_app import broker_errors, make_app
 from orchestrator.counters import Counters, field
 from orchestrator.deadletters import DeadLetters
 from orchestrator.errors import UnavailableError
+from orchestrator.eventlog import EventLog
+from orchestrator.events import CAUSATION, HOPS, RUN_EVENTS, RUNS_SOURCE, Event
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
-from orchestrator.runs import RunState, child_run_id
+from orchestrator.runs import RunState, child_run_id, rfc3339
 from orchestrator.settings import Settings, mask_url
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
@@ -48,6 +51,8 @@ class Engine:
         )
         self.payloads = Payloads(FileBlobs(settings.blobs_dir), inline_bytes=settings.payload_bytes)
         self.dead_letters = DeadLetters(self.ledger, self.payloads, settings)
+        self.events = EventLog(self.ledger, self.payloads, settings)
+        self.bus = EventBus(self.app)
         self.counters = Counters(self.ledger)
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 
@@ -81,10 +86,24 @@ class Engine:
             self._close(run)
 
     def _close(self, run: str) -> None:
-        """Take a run that has ended off the list of those in flight, and count it."""
+        """Tell whoever follows a run that has ended, take it off the list of those in flight, and count it."""
+        self.tell_followers(run)
         workflow, state = self.ledger.close(run)
         if state:
             self.counters.add(field("runs", workflow=workflow, state=state))
+
+    def tell_followers(self, run: str) -> None:
+        """Put the event of a run's end on the bus, if it has ended and a workflow in force may ask for it; idempotent.
+
+        Raises UnavailableError.
+        """
+        followed = self.ledger.followed_runs()
+        if not followed:
+            return
+        fields = self.ledger.ending(run)
+        if not {f"{fields.get('workflow')}:{fields.get('state')}", f"*:{fields.get('state')}"} & followed:
+            return
+        self.bus.publish([run_event(run, fields, self.payloads)])
 
     def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
         ready = canvas.ready(self.app, plan, run, units)
@@ -214,9 +233,38 @@ class Engine:
         self.publish(run, self.ledger.give_up(run, {"type": "RunLost", "message": reason}))
 
     def housekeep(self) -> None:
-        """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""
+        """Drop what is past its retention: the blobs of old runs, their places in the indexes, and events."""
         for run in self.ledger.trim(now_ms() - self.settings.retention_s * 1000):
-            self.payloads.delete_run(run)
+            self.payloads.delete(f"runs/{run}")
+        self.events.trim(now_ms())
+
+
+def run_event(run: str, fields: Mapping[str, str], payloads: Payloads) -> Event:
+    """Return the event of a run's end, made of what `Ledger.ending` has; the same each time.
+
+    An output that is kept as a blob does not travel: then `output` is null and `output_omitted` true.
+    """
+    cause = payloads.unpack_or_none(fields["event"]) or {}
+    hops = cause.get(HOPS, 0)
+    data: dict[str, Any] = {
+        "run": run,
+        "workflow": fields["workflow"],
+        "state": fields["state"],
+        "episode": int(fields["episode"]),
+        "output": None if fields["output"].startswith("@") else payloads.unpack(fields["output"]),
+        "error": json.loads(fields["error"]) if fields["error"] else None,
+    }
+    if fields["output"].startswith("@"):
+        data["output_omitted"] = True
+    return Event(
+        id=f"{run}.{fields['episode']}",
+        source=RUNS_SOURCE,
+        type=RUN_EVENTS[fields["state"]],
+        subject=fields["workflow"],
+        time=rfc3339(int(fields["finished_at"] or 0)) or "",
+        data=data,
+        extensions={CAUSATION: str(cause.get("id", "")), HOPS: (hops if isinstance(hops, int) else 0) + 1},
+    )
 
 
 def now_ms() -> int:

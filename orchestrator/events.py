@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.errors import InputError
@@ -18,6 +18,9 @@ SPEC_VERSION = "1.0"
 
 FILE_CREATED = "orchestrator.file.created"
 MANUAL = "orchestrator.manual"
+#: Source of the events that start one workflow by hand; its name is their subject.
+MANUAL_SOURCE = "orchestrator:run"
+RUNS_SOURCE = "orchestrator:runs"
 S3_EVENTS = {"created": "orchestrator.s3.object.created", "removed": "orchestrator.s3.object.removed"}
 WEBHOOK_RECEIVED = "orchestrator.webhook.received"
 SCHEDULE_DUE = "orchestrator.schedule.due"
@@ -113,6 +116,11 @@ def digest(*parts: str) -> str:
         hasher.update(len(encoded).to_bytes(8, "big"))
         hasher.update(encoded)
     return hasher.hexdigest()[:40]
+
+
+def replay_of(event: Event, replay: str) -> Event:
+    """Return the event that has an event dealt with anew, under an id made of the old one and the replay's."""
+    return replace(event, id=f"{event.id}~{replay}", extensions={**event.extensions, CAUSATION: event.id})
 
 
 def foreign_fault(event: Event) -> str | None:

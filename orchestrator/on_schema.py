@@ -102,6 +102,7 @@ class Hmac(Signed):
     prefix: str = Field(default="", description="What comes before it, such as `sha256=`.")
     timestamp_header: str | None = Field(default=None, min_length=1, description="The header that has the time.")
     payload: str = Field(default="{body}", min_length=1, description="What is signed, such as `{timestamp}.{body}`.")
+    id_header: str | None = Field(default=None, min_length=1, description="The header that has the delivery's id.")
 
 
 def _secrets_only(value: object) -> object:
@@ -148,6 +149,7 @@ class WebhookTrigger(Model):
     timeout: Timeout = Field(default=30.0, description="How long a `sync` answer waits for the run.")
     max_bytes: Bytes = Field(default=1_000_000, description="Largest body: bytes, or 1MB.")
     rate: float | None = Field(default=None, gt=0, description="How many deliveries a second are taken.")
+    raw: bool = Field(default=False, description="Keep the body as the text that it came as, also if it is JSON.")
     pattern: _Pattern = None
 
     def build(self) -> OnWebhook:
@@ -161,6 +163,7 @@ class WebhookTrigger(Model):
             timeout_s=self.timeout or 0.0,
             max_bytes=self.max_bytes,
             rate=self.rate,
+            raw=self.raw,
             pattern=self.pattern,
         )
 

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.bus import EventBus
 from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, parse_since
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
@@ -39,7 +38,7 @@ def start_run(engine: Engine, name: str, given: Mapping[str, Any], *, key: str |
     # Checked here for the one who asks; the dispatcher checks it again.
     workflow_in_force(engine, name).resolve_params(given, event.to_json())
     _check(event)
-    EventBus(engine.app).publish([event])
+    engine.bus.publish([event])
     return run_id(name, event.source, event.id), event
 
 

@@ -36,7 +36,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
@@ -124,6 +124,10 @@ class EventPattern:
         """Tell whether the event (in the JSON format of CloudEvents) is wanted."""
         return self._root.matches(event)
 
+    def may_match_field(self, name: str, value: object) -> bool:
+        """Tell whether some event that has this value in a field at the top could match; False only if none could."""
+        return all(node.matches(value) for field_name, node in self._root.nodes if field_name == name)
+
     def explain(self, event: Mapping[str, object]) -> Mismatch | None:
         """Return the first clause that says no, in the order of the pattern; None if the event matches."""
         return None if self._root.matches(event) else self._root.why_not(event, "")
@@ -187,6 +191,14 @@ class _Fields:
 
     def combinations(self) -> int:
         return math.prod(node.combinations() for _, node in self.nodes)
+
+
+def leaves_at(event: object, path: Sequence[str]) -> list[object]:
+    """Return every leaf that an event has at a path, in any element of the arrays on the way."""
+    found: list[object] = [event]
+    for name in path:
+        found = [each[name] for value in found for each in _flat(value) if isinstance(each, Mapping) and name in each]
+    return [each for value in found for each in _flat(value) if not isinstance(each, Mapping)]
 
 
 def _at(value: Mapping[str, object], name: str) -> object:
@@ -259,6 +271,12 @@ def _wildcard(operand: object) -> Predicate:
     return holds
 
 
+def literal_ends(wildcard: str) -> tuple[str, str]:
+    """Return the texts that whatever a (sound) wildcard stands for begins and ends with."""
+    parts = _wildcard_parts(wildcard)
+    return parts[0], parts[-1]
+
+
 def _wildcard_parts(text: str) -> list[str]:
     r"""Split at each `*`, with `\*` and `\\` resolved."""
     parts = [""]
@@ -316,7 +334,7 @@ def _numeric(operand: object) -> Predicate:
         if low > high or (low == high and (low_sign, high_sign) != (">=", "<=")):
             raise _RuleError(f'"numeric" has a range that no number is in: {low_sign} {low} and {high_sign} {high}')
     tests = [(_COMPARISONS[sign], bound) for sign, bound in pairs]
-    return lambda leaf: _typed(leaf)[0] == "number" and all(compare(leaf, bound) for compare, bound in tests)
+    return lambda leaf: typed(leaf)[0] == "number" and all(compare(leaf, bound) for compare, bound in tests)
 
 
 def _exists(operand: object) -> Predicate:
@@ -367,11 +385,11 @@ _COMPARISONS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
 
 
 def _one_of(values: Iterable[object]) -> Predicate:
-    wanted = frozenset(_typed(value) for value in values)
-    return lambda leaf: _typed(leaf) in wanted
+    wanted = frozenset(typed(value) for value in values)
+    return lambda leaf: typed(leaf) in wanted
 
 
-def _typed(value: object) -> tuple[str, object]:
+def typed(value: object) -> tuple[str, object]:
     """Return what equality means in JSON: Python alone says that True == 1."""
     if isinstance(value, bool):
         return "boolean", value

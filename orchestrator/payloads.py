@@ -171,6 +171,13 @@ class Payloads:
         except ValueError as exc:
             raise PayloadError(f"a stored value is not JSON: {exc}") from exc
 
+    def unpack_or_none(self, payload: str) -> Any:
+        """Do as `unpack`; None if its blob is lost: the rest is still to be seen."""
+        try:
+            return self.unpack(payload)
+        except BlobNotFound:
+            return None
+
     def unpack_all(self, payloads: Sequence[str]) -> list[Any]:
         """Return the values of many payloads, in order."""
         if any(payload[:1] == "@" for payload in payloads):
@@ -187,6 +194,6 @@ class Payloads:
             for lo in range(0, len(texts), per)
         ]
 
-    def delete_run(self, run: str) -> None:
-        """Delete the blobs of a run."""
-        self._blobs.delete(f"runs/{run}")
+    def delete(self, prefix: str) -> None:
+        """Delete the blobs below a prefix, as `runs/RUN`; none there is fine."""
+        self._blobs.delete(prefix)

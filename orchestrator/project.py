@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.definitions import Definition, read_definition
-from orchestrator.errors import DefinitionError, Fault, NotFoundError, TaskNotFoundError
+from orchestrator.errors import DefinitionError, Fault, NotFoundError, SettingsError, TaskNotFoundError
 from orchestrator.modules import (
     ImportFailedError,
     code_hash,
@@ -33,9 +33,10 @@ from orchestrator.modules import code_files as code_files
 from orchestrator.modules import definition_files as definition_files
 from orchestrator.modules import resolve_task as resolve_task
 from orchestrator.schema import nearest
+from orchestrator.settings import read_secret
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
-from orchestrator.subscriptions import On, OnFile
+from orchestrator.subscriptions import On, OnFile, OnRun, OnWebhook, secret_fault
 from orchestrator.tracing import Task, WorkflowFunction
 from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
@@ -76,17 +77,24 @@ def find_project(start: Path) -> Path:
 _NO_DEFAULTS = Defaults()
 
 
-def load_project(root: Path, *, pools: Collection[str] | None = None, defaults: Defaults = _NO_DEFAULTS) -> Project:
+def load_project(
+    root: Path,
+    *,
+    pools: Collection[str] | None = None,
+    defaults: Defaults = _NO_DEFAULTS,
+    secrets: Mapping[str, str] | None = None,
+) -> Project:
     """Load and check the whole project; imports its Python in this process. What is wrong is in `faults`.
 
     `pools` are the pools that steps may name; None: any. `defaults` are the project's: what a step's retry, timeout
-    and memory are if neither the step says it nor its @task nor, for retry, its workflow.
+    and memory are if neither the step says it nor its @task nor, for retry, its workflow. `secrets` are those of the
+    settings, name -> reference; None: those that webhooks need are not looked for, as they are for the gateway alone.
     Raises NotFoundError if `root` is no directory.
     """
     root = root.resolve()
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
-    return _Loading(root, pools, defaults).load()
+    return _Loading(root, pools, defaults, secrets).load()
 
 
 class _Named(NamedTuple):
@@ -96,10 +104,14 @@ class _Named(NamedTuple):
 
 
 class _Loading:
-    def __init__(self, root: Path, pools: Collection[str] | None, defaults: Defaults) -> None:
+    def __init__(
+        self, root: Path, pools: Collection[str] | None, defaults: Defaults, secrets: Mapping[str, str] | None
+    ) -> None:
         self.root = root
         self.pools = pools
         self.defaults = defaults
+        self.secrets = secrets
+        self.webhooks: dict[str, tuple[str, int | None]] = {}
         self.faults: dict[Fault, None] = {}
         self.definitions: list[tuple[str, Definition]] = []
         self.registered: dict[str, Task] = {}
@@ -208,8 +220,47 @@ class _Loading:
                 fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *step.place, "pool")
             of_task = decorated.defaults if decorated is not None else _NO_DEFAULTS
             steps.append(step.with_defaults(of_task, Defaults(retry=workflow.retry), self.defaults))
+        for number, entry in enumerate(workflow.on):
+            if isinstance(entry, OnRun):
+                for name in entry.workflow:
+                    if name not in named:
+                        message = f"unknown workflow {name!r}; {nearest(name, named)}"
+                        fault(message, "on", str(number), "run", "workflow")
+            if isinstance(entry, OnWebhook):
+                self._check_webhook(entry, ("on", str(number), "webhook"), file, definition, fault)
         on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         return replace(workflow, steps=tuple(steps), on=on)
+
+    def _check_webhook(
+        self, on: OnWebhook, place: tuple[str, ...], file: str, definition: Definition, fault: Callable[..., None]
+    ) -> None:
+        here = (file, definition.lines.at((*place, "path")))
+        there = self.webhooks.setdefault(on.path, here)
+        if there is not here:
+            fault(f"the path {on.path!r} is used twice; the other is in {there[0]}:{there[1]}", *place, "path")
+        if on.schema is not None:
+            from orchestrator.json_schemas import schema_fault  # and a library that most projects do not need
+
+            found = schema_fault(on.schema)
+            if found is not None:
+                fault(f"is no JSON Schema: {found[1]}", *place, "schema", *found[0])
+        if on.verify is not None and self.secrets is not None:
+            for reference in on.verify.secrets:
+                reason = self._secret_fault(on.verify.scheme, reference, self.secrets or {})
+                if reason is not None:
+                    fault(reason, *place, "verify", on.verify.scheme)
+
+    @staticmethod
+    def _secret_fault(scheme: str, reference: str, named: Mapping[str, str]) -> str | None:
+        if reference not in named and not reference.startswith(("env:", "file:")):
+            # It may be the secret itself, which is not to be shown.
+            return f"a secret is env:NAME, file:PATH or a name of [secrets], which has {', '.join(named) or 'none'}"
+        reference = named.get(reference, reference)
+        try:
+            reason = secret_fault(scheme, read_secret(reference))
+        except (SettingsError, ValueError) as exc:  # the second: it is not text, and the message would quote it
+            return str(exc) if isinstance(exc, SettingsError) else f"secret {reference}: is not text"
+        return None if reason is None else f"secret {reference}: {reason}"
 
     def _check_task(self, step: Step, file: str, definition: Definition, fault: Callable[..., None]) -> Step:
         reference, place = str(step.task), step.place
@@ -286,13 +337,15 @@ def load_in_subprocess(
     pools: Collection[str] | None = None,
     *,
     defaults: Defaults = _NO_DEFAULTS,
+    secrets: Mapping[str, str] | None = None,
     timeout_s: float = LOAD_TIMEOUT_S,
 ) -> Project:
     """As `load_project`, in a new process; a module that ends it, or hangs it for `timeout_s`, is a fault."""
     root = root.resolve()
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
-    options = json.dumps({"pools": None if pools is None else sorted(pools), "defaults": defaults.to_json()})
+    given = {"pools": None if pools is None else sorted(pools), "defaults": defaults.to_json()}
+    options = json.dumps(given | {"secrets": None if secrets is None else dict(secrets)})
     command = python_command("from orchestrator.project import main; main(sys.argv[1:])", str(root), options)
     command[1:1] = ["-X", "faulthandler"]
     process = subprocess.Popen(
@@ -339,13 +392,15 @@ def _blame(root: Path, reason: str, err: bytes) -> Fault:
 def main(arguments: list[str]) -> None:
     """Load the project ROOT and print it as one JSON object; ends the process.
 
-    OPTIONS, if given, is a JSON object: `pools` (a list or null) and `defaults`, as `load_project` takes them.
+    OPTIONS, if given, is a JSON object: `pools` (a list or null), `defaults` and `secrets`, as `load_project` takes
+    them.
     """
     options = json.loads(arguments[1]) if arguments[1:] else {}
     defaults = Defaults.from_json(options.get("defaults", {}))
+    secrets = options.get("secrets")
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)  # whatever else writes to stdout, in any language, writes to stderr
-        project = load_project(Path(arguments[0]), pools=options.get("pools"), defaults=defaults)
+        project = load_project(Path(arguments[0]), pools=options.get("pools"), defaults=defaults, secrets=secrets)
         faults = [list(asdict(fault).values()) for fault in project.faults]
         workflows = [workflow.to_json() for workflow in project.workflows.values()]
         json.dump({"workflows": workflows, "faults": faults, "code_hash": project.code_hash}, answer)

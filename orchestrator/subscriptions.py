@@ -6,6 +6,7 @@ sentence explains why an event started nothing. What a trigger has to watch for 
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -73,7 +74,8 @@ class Verification:
     `scheme` is github, gitlab, stripe, slack, standard or hmac. `secrets` are references (`env:NAME`, `file:PATH`, or a
     name in `[secrets]`), any of which may have signed. `tolerance_s` bounds the age of a delivery whose time is signed.
     The rest is for `hmac`: which header has the signature, its digest, encoding (hex or base64) and prefix, the header
-    that has the time, and `payload`, what is signed: the text with `{body}` and `{timestamp}` in it.
+    that has the time, `payload`, what is signed: the text with `{body}` and `{timestamp}` in it, and the header that
+    has the delivery's id.
     """
 
     scheme: str
@@ -85,6 +87,7 @@ class Verification:
     prefix: str = ""
     timestamp_header: str | None = None
     payload: str = "{body}"
+    id_header: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,8 @@ class OnWebhook:
     """`on: - webhook:`: start for each delivery to `/hooks/{path}` (triggers/webhook.py).
 
     `schema` is a JSON Schema of the body. `respond` is `async` (202 at once) or `sync` (the run's output, if it ends
-    within `timeout_s`). `rate` is how many deliveries a second are taken; None: any number.
+    within `timeout_s`). `rate` is how many deliveries a second are taken; None: any number. With `raw` the body stays
+    the text that it came as, also if it is JSON.
     """
 
     path: str
@@ -103,6 +107,7 @@ class OnWebhook:
     timeout_s: float = 30.0
     max_bytes: int = 1_000_000
     rate: float | None = None
+    raw: bool = False
     pattern: Mapping[str, Any] | None = None
 
 
@@ -128,6 +133,9 @@ class OnRun:
     state: tuple[str, ...] = ("succeeded",)
     pattern: Mapping[str, Any] | None = None
 
+
+#: What the secrets of Standard Webhooks begin with.
+SIGNING_PREFIX = "whsec_"
 
 On = OnFile | OnEvent | OnS3 | OnWebhook | OnSchedule | OnQueue | OnRun
 
@@ -176,6 +184,13 @@ def file_source(workflow: str, path: str) -> str:
     return f"file://{quote(path)}?workflow={quote(workflow)}"
 
 
+def s3_source(bucket: str, endpoint_url: str | None = None) -> str:
+    """Return the source of the events of a bucket; one of another store says which."""
+    return f"orchestrator:s3/{bucket}" + (
+        f"?endpoint={quote(endpoint_url.rstrip('/'), safe='')}" if endpoint_url else ""
+    )
+
+
 def schedule_name(workflow: str, on: OnSchedule) -> str:
     """Return the name of a schedule: its workflow's, and its own where the workflow has several."""
     return f"{workflow}.{on.name}" if on.name else workflow
@@ -207,7 +222,8 @@ def pattern_of(workflow: str, on: On) -> dict[str, Any]:
             data: dict[str, Any] = {"bucket": [on.bucket]}
             if on.prefix or on.suffix:
                 data["key"] = [{"wildcard": f"{_literal(on.prefix)}*{_literal(on.suffix)}"}]
-            return {"type": [S3_EVENTS[event] for event in on.events], "data": data}
+            source = s3_source(on.bucket, on.endpoint_url)
+            return {"type": [S3_EVENTS[event] for event in on.events], "source": [source], "data": data}
         case OnWebhook():
             return {"trigger": [webhook_trigger(on.path)]}
         case OnSchedule():
@@ -228,7 +244,11 @@ _Faults = list[tuple[tuple[str, ...], str]]
 
 #: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
+#: An SQS queue by name, or by ARN.
+_QUEUE = re.compile(r"(arn:[a-z-]+:sqs:[a-z0-9-]+:\d{12}:)?[A-Za-z0-9_-]{1,75}([A-Za-z0-9_-]{0,5}|\.fifo)\Z")
 _PATH = re.compile(r"[A-Za-z0-9_.~-]+(/[A-Za-z0-9_.~-]+)*\Z")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
+_MAX_BODY_BYTES = 100 * 10**6
 _METHODS = ("POST", "PUT", "PATCH", "GET", "DELETE")
 _QUEUE_SCHEMES = ("redis", "rediss", "amqp", "amqps", "sqs", "env", "file")
 
@@ -257,7 +277,21 @@ def _s3_faults(on: OnS3) -> _Faults:
         found.append((("bucket",), message))
     if on.queue is None and on.poll_s is None:
         found.append(((), "needs `queue:` (notifications), or `poll:` (listing), or both"))
+    if on.queue is None and "removed" in on.events:
+        found.append((("events",), "`removed` is told by notifications alone, and there is no `queue:`"))
+    if on.endpoint_url is not None and not _is_http_url(on.endpoint_url):
+        found.append(
+            (("endpoint_url",), f"{on.endpoint_url!r} is no URL of a server: write http://HOST:PORT, or https")
+        )
+    if on.queue is not None and not _QUEUE.match(on.queue) and not _is_http_url(on.queue):
+        message = f"{on.queue!r} cannot be a queue: its URL, its ARN, or its name (up to 80 of A-Z a-z 0-9 - _)"
+        found.append((("queue",), message))
     return found
+
+
+def _is_http_url(text: str) -> bool:
+    parts = urlsplit(text)
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _webhook_faults(on: OnWebhook) -> _Faults:
@@ -267,7 +301,43 @@ def _webhook_faults(on: OnWebhook) -> _Faults:
     for method in on.methods:
         if method not in _METHODS:
             found.append((("methods",), one_of(_METHODS, method)))
+    if on.max_bytes > _MAX_BODY_BYTES or on.max_bytes < 1:
+        found.append(
+            (("max_bytes",), f"must be from 1 byte to {_MAX_BODY_BYTES // 10**6} MB: a message has to take it")
+        )
+    if on.verify is not None:
+        found += [(("verify", on.verify.scheme, key), message) for key, message in _verification_faults(on.verify)]
     return found
+
+
+def _verification_faults(how: Verification) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if how.tolerance_s <= 0:
+        found.append(("tolerance", "must be more than 0"))
+    for key in ("header", "timestamp_header", "id_header"):
+        name = getattr(how, key)
+        if name and not _HEADER.match(name):
+            found.append((key, f"{name!r} cannot be the name of a header"))
+    if "{body}" not in how.payload:
+        found.append(("payload", "must have {body} in it: else anybody's body would do"))
+    if ("{timestamp}" in how.payload) != (how.timestamp_header is not None):
+        found.append(
+            ("payload", "needs {timestamp} in it and `timestamp_header`, or neither: only a signed time counts")
+        )
+    return found
+
+
+def secret_fault(scheme: str, secret: str) -> str | None:
+    """Say why a text cannot be the secret of a scheme, without a piece of it; None if it can."""
+    if not secret:
+        return "is empty"
+    if scheme == "standard" or (scheme == "gitlab" and secret.startswith(SIGNING_PREFIX)):
+        try:
+            is_key = bool(base64.b64decode(secret.removeprefix(SIGNING_PREFIX) + "==", validate=True))
+        except ValueError:
+            is_key = False
+        return None if is_key else f"is no signing secret: {SIGNING_PREFIX} and base64 of the key"
+    return None
 
 
 def _queue_faults(on: OnQueue) -> _Faults:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TextIO
 import structlog
 
 #: Loggers of what a process is made of: WARNING and above, without extra fields, which may hold the bodies of messages.
-MACHINERY = ("celery", "kombu", "amqp", "billiard", "redis", "asyncio")
+MACHINERY = ("celery", "kombu", "amqp", "billiard", "redis", "asyncio", "uvicorn")
 
 #: Longest texts: of ours, of the user's, of a traceback (its end is what tells).
 _OUR_CHARACTERS = 500

@@ -14,7 +14,6 @@ from orchestrator.api.answers import Json, Refusal
 from orchestrator.api.bodies import Body, read_json, schema_of
 from orchestrator.api.gate import needs
 from orchestrator.api.place import ROOT, After, Limit, Place, first_or_after, page, router, says
-from orchestrator.bus import EventBus
 from orchestrator.errors import InputError, NotFoundError
 from orchestrator.tokens import Scope
 
@@ -47,20 +46,20 @@ _BODIES: dict[str, Any] = {
 
 def make_router(place: Place) -> APIRouter:
     routes = router()
-    queries, bus = place.queries, EventBus(place.engine.app)
+    events, bus = place.engine.events, place.engine.bus
 
     @routes.get("/events", **says(shapes.EventRecords))
     def list_events(limit: Limit = 50, after: After = None) -> Json:
         """List events, newest first, with what came of them."""
         try:
-            return page(*queries.events(limit=limit, after=after))
+            return page(*events.page(limit=limit, after=after))
         except NotFoundError as exc:
             raise first_or_after(after, exc) from exc
 
     @routes.get("/events/{event:path}", **says(shapes.EventRecord))
     def show_event(event: str) -> Json:
         """Show an event, by its id or key, and the verdict of every workflow on it."""
-        return Json(queries.event(event))
+        return Json(events.get(event))
 
     @routes.post(
         "/events",

@@ -37,9 +37,12 @@ def cli_command(*arguments: str) -> list[str]:
     return python_command("from orchestrator.cli import main; main()", *arguments)
 
 
-def load(settings: Settings) -> Project:
-    """Load the definitions of a project, in a process of their own."""
-    return load_in_subprocess(settings.project, pools=settings.declared_pools, defaults=settings.defaults)
+def load(settings: Settings, *, with_secrets: bool = True) -> Project:
+    """Load the definitions of a project, in a process of their own; `with_secrets`: are those of webhooks there?"""
+    secrets = settings.secrets if with_secrets else None
+    return load_in_subprocess(
+        settings.project, pools=settings.declared_pools, defaults=settings.defaults, secrets=secrets
+    )
 
 
 def with_servers(settings: Settings) -> Settings:
@@ -94,3 +97,8 @@ def read_json(option: str, text: str) -> Any:
     except RecursionError as exc:
         raise InputError(f"{option} is nested too deeply") from exc
     return value
+
+
+def check_event(event: Any) -> None:
+    """Raise InputError for an event that the dispatcher would set aside, as long as somebody is there to be told."""
+    type(event).from_json(event.to_json())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from orchestrator.cli.access import (
 )
 from orchestrator.cli.audit import audit
 from orchestrator.cli.deadletters import app as dead_letters
+from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
 from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
@@ -40,9 +40,10 @@ app = typer.Typer(
 )
 #: A part of `up` ends when the `up` with this pid is no longer its parent.
 UpPidOption = Annotated[int, typer.Option("--up-pid", hidden=True)]
+HostOption = Annotated[str | None, typer.Option(help="Address of the gateway.")]
+PortOption = Annotated[int | None, typer.Option(help="Port of the gateway; else a free one, and then always it.")]
 
 runs = typer.Typer(help="Look at runs, stop them, and go on with them.", no_args_is_help=True)
-events = typer.Typer(help="Look at events, and emit your own.", no_args_is_help=True)
 workflows = typer.Typer(help="Look at workflows.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(events, name="events")
@@ -151,8 +152,8 @@ def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -
 def up(
     project: ProjectOption = None,
     data_dir: DataDirOption = None,
-    host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the gateway; else a free one, and then always it.")] = None,
+    host: HostOption = None,
+    port: PortOption = None,
 ) -> int:
     """Run everything on this machine: the embedded server, the control process and a worker for each pool."""
     from orchestrator.cli.up import Up
@@ -162,11 +163,17 @@ def up(
 
 
 @app.command(hidden=True)
-def control(up_pid: UpPidOption, project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
-    """Run dispatcher, rescuer and triggers in one process, as a part of `up`."""
+def control(
+    up_pid: UpPidOption,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+) -> int:
+    """Run dispatcher, rescuer, triggers and gateway in one process, as a part of `up`."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), up_pid=up_pid).run()
+    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), up_pid=up_pid).run()
 
 
 @app.command()
@@ -183,6 +190,16 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     from orchestrator.cli.control import Control
 
     return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
+
+
+@app.command()
+def gateway(
+    project: ProjectOption = None, data_dir: DataDirOption = None, host: HostOption = None, port: PortOption = None
+) -> int:
+    """Run the gateway: webhooks, the API, health and metrics, in production."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), roles=["gateway"]).run()
 
 
 @app.command()
@@ -247,11 +264,6 @@ def _read_input(text: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InputError(f"--input must be a JSON object with the workflow's params, not {type(given).__name__}")
     return given
-
-
-def _check_event(event: Any) -> None:
-    """Raise InputError for an event that the dispatcher would set aside, as long as somebody is there to be told."""
-    type(event).from_json(event.to_json())
 
 
 def _seconds(timeout: str) -> float:
@@ -522,85 +534,6 @@ def runs_logs(
         if one["error"]:
             for line in (one["error"].get("traceback") or describe(one["error"])).splitlines():
                 print(f"{slot} #{one['attempt']} ! {line}")
-
-
-# Events
-
-
-@events.command("list")
-def events_list(
-    limit: LimitOption = 50,
-    after: AfterOption = None,
-    project: ProjectOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List events, newest first, with what came of them."""
-    from orchestrator.ledger.queries import Queries
-
-    with engine_of(settings_of(project, data_dir)) as engine:
-        found, cursor = Queries(engine.ledger, engine.payloads).events(limit=limit, after=after)
-    if as_json:
-        print_json({"items": found, "next": cursor})
-        return
-    rows = [
-        (
-            one["accepted_at"],
-            one["event"]["type"],
-            one["event"].get("subject", ""),
-            "; ".join(
-                f"{name}: {verdict}" for name, verdict in one["verdicts"].items() if verdict.startswith("started")
-            ),
-            one["event"]["id"],
-        )
-        for one in found
-    ]
-    print_table(["accepted", "type", "subject", "started", "id"], rows)
-    if cursor:
-        print(f"more: --after {cursor}")
-
-
-@events.command("show")
-def events_show(
-    event_id: str, project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
-) -> None:
-    """Show an event and the verdict of every workflow on it."""
-    from orchestrator.ledger.queries import Queries
-
-    with engine_of(settings_of(project, data_dir)) as engine:
-        found = Queries(engine.ledger, engine.payloads).event(event_id)
-    if as_json:
-        print_json(found)
-        return
-    print_json(found["event"])
-    print_table(["workflow", "verdict"], found["verdicts"].items())
-
-
-@events.command("emit")
-def events_emit(
-    type_: Annotated[str, typer.Option("--type", help="What happened, as shop.order.placed.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "orchestrator:emit",
-    data: Annotated[str | None, typer.Option(help="The data as JSON, or @FILE.")] = None,
-    subject: Annotated[str | None, typer.Option(help="What it happened to.")] = None,
-    event_id: Annotated[str | None, typer.Option("--id", help="Identity within the source; else a new one.")] = None,
-    project: ProjectOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Put an event of your own on the bus."""
-    from orchestrator.bus import EventBus
-    from orchestrator.events import Event
-
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = None if data is None else read_json("--data", data)
-    event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
-    _check_event(event)
-    with engine_of(settings_of(project, data_dir)) as engine:
-        EventBus(engine.app).publish([event])
-    if as_json:
-        print_json(event.to_json())
-    else:
-        print(event.id)
 
 
 @app.command()

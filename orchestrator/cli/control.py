@@ -1,4 +1,4 @@
-"""The control process: dispatcher, rescuer, triggers, each in threads of its own, and the definitions they follow."""
+"""The control process: dispatcher, rescuer, triggers, gateway, in threads of their own, and what they follow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import redis
 
-from orchestrator.bus import EventBus
 from orchestrator.cli.access import load
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
@@ -31,6 +30,7 @@ from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
 from triggers.files import file_triggers
+from triggers.s3 import s3_triggers
 from triggers.supervisor import Kind, TriggerSupervisor
 
 log = get_logger(__name__)
@@ -38,7 +38,7 @@ log = get_logger(__name__)
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
 #: What the control process does; in production each may be a process of its own.
-ROLES = ("dispatcher", "trigger")
+ROLES = ("dispatcher", "trigger", "gateway")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
 
@@ -114,9 +114,12 @@ def _care_of(engine: Engine) -> list[LeadingService]:
     return care
 
 
-def _kinds_of_trigger(engine: Engine, bus: EventBus) -> tuple[Kind, ...]:
+def _kinds_of_trigger(engine: Engine) -> tuple[Kind, ...]:
     settings = engine.settings
-    return (partial(file_triggers, marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s),)
+    return (
+        partial(file_triggers, marks=engine.ledger, emit=engine.bus.publish, rescan_s=settings.rescan_s),
+        partial(s3_triggers, engine=engine, emit=engine.bus.publish),
+    )
 
 
 class Follower(Protocol):
@@ -141,14 +144,18 @@ class Control:
         self._stop = threading.Event()
         engine = Engine(settings)
         self._engine = engine
-        bus = EventBus(engine.app)
         self._care: list[LeadingService] = _care_of(engine) if "dispatcher" in roles else []
         self._role = "control" if len(roles) > 1 else next(iter(roles))
         self._followers: list[Follower] = []
+        self._serves = "gateway" in roles
         if "dispatcher" in roles:
-            self._followers.append(Dispatcher(engine, bus, on_start=self._tell_start))
+            self._followers.append(Dispatcher(engine, on_start=self._tell_start))
         if "trigger" in roles:
-            self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine, bus)))
+            self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine)))
+        if self._serves:
+            from orchestrator.cli.gateway import Gateway  # an HTTP server, which the other roles do not need
+
+            self._followers.append(Gateway(engine))
 
     @property
     def _parts(self) -> list[Follower | LeadingService]:
@@ -163,7 +170,7 @@ class Control:
         if self._up_pid is not None:
             workflows, _ = read_definitions(self._settings.data_dir)
         else:
-            project = load(self._settings)
+            project = load(self._settings, with_secrets=self._serves)
             if project.faults:
                 raise DefinitionError(project.faults)
             workflows = list(project.workflows.values())
@@ -201,7 +208,7 @@ class Control:
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""
-        project = load(self._settings)
+        project = load(self._settings, with_secrets=self._serves)
         if project.faults:
             say("definitions changed, with faults; those before stay in force:")
             for fault in project.faults:

@@ -1,7 +1,7 @@
 """`orchestrator up`: everything on this machine, as processes that are started, watched, restarted and stopped here.
 
     up ── valkey-server                the embedded server (unless broker_url is set)
-       ├─ orchestrator control         dispatcher, rescuer, triggers
+       ├─ orchestrator control         dispatcher, rescuer, triggers, gateway
        └─ orchestrator worker POOL     one for each pool that a step names; a new one for each generation of the code
 
 The parts share nothing but the servers and the data directory; any of them may be killed at any time.
@@ -115,7 +115,10 @@ class Up:
         try:
             write_definitions(self._settings.data_dir, project)
             self._start_server()
-            self._control = self._role("control", "control", "--data-dir", str(self._settings.data_dir))
+            self._claim_addresses()
+            place = ("--data-dir", str(self._settings.data_dir))
+            address = ("--host", self._settings.host, "--port", str(self._settings.port))
+            self._control = self._role("control", "control", *place, *address)
             self._control.start()
             self._follow_definitions()
             self._greet(len(project.workflows))
@@ -203,6 +206,18 @@ class Up:
                 )
             time.sleep(0.02)
         client.close()
+
+    def _claim_addresses(self) -> None:
+        """See that the gateway can listen where it is to, and choose its ports; raises if it cannot."""
+        from orchestrator.cli.gateway import check_exposure, listen
+        from orchestrator.engine import Engine
+
+        engine = Engine(with_servers(self._settings), patience_s=0.0)
+        try:
+            check_exposure(engine)
+        finally:
+            engine.close()
+        listen(self._settings).close()
 
     def _check_external(self) -> None:
         from orchestrator.engine import Engine
@@ -299,11 +314,15 @@ class Up:
             time.sleep(0.05)
 
     def _greet(self, workflows: int) -> None:
+        from orchestrator.cli.gateway import addresses
+
         settings = self._settings
         url = EmbeddedServer.url_of(settings.data_dir) if settings.is_embedded else settings.broker_url
         say(f"project   {settings.project} ({workflows} workflow(s))")
         say(f"server    {mask_url(url or '')}{' (embedded)' if settings.is_embedded else ''}")
         say(f"data      {settings.data_dir}")
+        at = addresses(settings.data_dir)
+        say(f"gateway   {at['url']} (health {at['health_url']})")
         for part in self._workers:
             pool = part.name.split(" ", 1)[1]
             say(f"worker    pool {pool}, {settings.concurrency(pool)} at a time")

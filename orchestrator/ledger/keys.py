@@ -60,7 +60,9 @@ ACTIVE = f"{PREFIX}:active"
 TIMERS = f"{PREFIX}:timers"
 #: Workflow name -> plan hash and definition in force, as JSON; permanent.
 WORKFLOWS = f"{PREFIX}:workflows"
-#: Events by time of acceptance, ms; permanent, trimmed with the retention.
+#: The ends of which runs are events, as JSON: ["workflow:state", ...]; permanent.
+FOLLOWED = f"{PREFIX}:followed-runs"
+#: Events by time of acceptance, ms; permanent, trimmed with their retention.
 EVENTS = f"{PREFIX}:events"
 #: Messages that nobody can process, until they are drained into dead letters; a list; permanent. On the broker's
 #: server too, where that is another Redis.
@@ -91,8 +93,8 @@ def leader_key(role: str) -> str:
 
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
-    RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
-    AUDIT_ENTRIES, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*"
+    RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
+    AUDIT_ENTRIES, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
 )  # fmt: skip
 
 
@@ -136,10 +138,33 @@ def seen_key(event_key: str) -> str:
 
 
 def event_key(event_key: str) -> str:
-    """Key of an event and of the verdict of each workflow on it; TTL is the retention of events."""
+    """Key of the record of an event (eventlog.py), a hash; TTL is the retention of events.
+
+    event (payload) accepted_at verdict definitions (hash) verdicts (JSON, by workflow); duplicates duplicate_at.
+    """
     return f"{PREFIX}:event:{event_key}"
+
+
+def event_id_key(digest: str) -> str:
+    """Key of the keys of the events with an id, by the digest of it, a set; TTL is the retention of events."""
+    return f"{PREFIX}:event-id:{digest}"
+
+
+def definitions_key(definitions: str) -> str:
+    """Key of definitions that were in force, JSON: workflow -> plan; permanent, 80 bytes a workflow each time."""
+    return f"{PREFIX}:definitions:{definitions}"
 
 
 def marks_key(source: str) -> str:
     """Hash path -> identity of the files that a watch has handled; permanent, each field lives as long as its file."""
     return f"{PREFIX}:marks:{source}"
+
+
+def objects_key(bucket: str, shard: str) -> str:
+    """Hash of some records of the objects of a bucket (objects.py); TTL of 400 days from when one is seen."""
+    return f"{PREFIX}:{{s3:{bucket}}}:{shard}"
+
+
+def listing_key(bucket: str) -> str:
+    """Key that says how far a bucket was listed, as JSON (triggers/listing.py); the same TTL."""
+    return f"{PREFIX}:{{s3:{bucket}}}:listing"

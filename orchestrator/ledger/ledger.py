@@ -25,11 +25,12 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from orchestrator.errors import NotFoundError, UnavailableError
-from orchestrator.events import Event
+from orchestrator.events import digest
 from orchestrator.ledger import keys
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState
 from orchestrator.telemetry import get_logger
+from orchestrator.workflows import Workflow
 
 log = get_logger(__name__)
 
@@ -158,7 +159,7 @@ class Ledger:
         self._last = f"{retention_s},{max(retention_s, failed_retention_s)},{keys.RUN_ENDED}"
 
     def _call(self, run: str, *argv: str | int) -> Any:
-        return self._guard(lambda: self._script(keys=keys.run_keys(run), args=(*argv, self._last)))
+        return self.guard(lambda: self._script(keys=keys.run_keys(run), args=(*argv, self._last)))
 
     def _call_many(self, calls: Sequence[tuple[str, tuple[str | int, ...]]]) -> list[Any]:
         """Call verbs on many runs in one round trip; only those that a repeat does not harm.
@@ -173,10 +174,10 @@ class Ledger:
                     pipe.evalsha(self._script.sha, len(run_keys), *run_keys, *argv, self._last)
                 return list(pipe.execute(raise_on_error=False))
 
-        answers = self._guard(execute)
+        answers = self.guard(execute)
         if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
-            self._guard(lambda: self.client.script_load(self._script.script))
-            answers = self._guard(execute)
+            self.guard(lambda: self.client.script_load(self._script.script))
+            answers = self.guard(execute)
         for n, answer in enumerate(answers):
             if isinstance(answer, redis.RedisError):
                 if _is_away(answer):
@@ -189,35 +190,56 @@ class Ledger:
 
     def put_plan(self, plan: Plan) -> None:
         """Store a plan by its hash; idempotent."""
-        self._guard(lambda: self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True))
+        self.guard(lambda: self.client.set(keys.plan_key(plan.hash), plan.to_json(), nx=True))
 
     def plan(self, plan_hash: str) -> Plan:
         """Return a stored plan. Raises NotFoundError."""
-        text = self._guard(lambda: self.client.get(keys.plan_key(plan_hash)))
+        text = self.guard(lambda: self.client.get(keys.plan_key(plan_hash)))
         if text is None:
             raise NotFoundError(f"plan {plan_hash} is not in the ledger")
         return Plan.from_json(str(text))
 
-    def publish_workflows(self, plans: Iterable[Plan]) -> None:
-        """Put the definitions in force: those given, and no others. Plans of runs in flight stay."""
-        rows = {}
+    def publish_workflows(self, plans: Iterable[Plan], *, followed: Iterable[str] = ()) -> str:
+        """Put the definitions in force: those given, and no others. Plans of runs in flight stay.
+
+        `followed` says the ends of which runs are events (`followed_runs`). Answers the hash of these definitions, by
+        which `definitions` finds them.
+        """
+        rows, hashes = {}, {}
         for plan in plans:
             self.put_plan(plan)
+            hashes[plan.workflow.name] = plan.hash
             rows[plan.workflow.name] = json.dumps({"plan": plan.hash, "workflow": plan.workflow.to_json()})
+        text = json.dumps(hashes)
+        definitions = digest(text)[:16]
         with self.client.pipeline(transaction=True) as pipe:
             pipe.delete(keys.WORKFLOWS)
             if rows:
                 pipe.hset(keys.WORKFLOWS, mapping=rows)
-            self._guard(pipe.execute)
+            pipe.set(keys.definitions_key(definitions), text)
+            pipe.set(keys.FOLLOWED, json.dumps(sorted(followed)))
+            self.guard(pipe.execute)
+        return definitions
+
+    def definitions(self, definitions: str) -> list[Workflow]:
+        """Return the workflows that were in force under a hash; none if that is no longer known."""
+        text = self.guard(lambda: self.client.get(keys.definitions_key(definitions)))
+        names = list(json.loads(text).values()) if text else []
+        texts = self.guard(lambda: self.client.mget([keys.plan_key(name) for name in names])) if names else []
+        return [Plan.from_json(text).workflow for text in texts if text]
+
+    def followed_runs(self) -> frozenset[str]:
+        """Return the ends of which runs are events, as `workflow:state`, or `*:state` for those of all workflows."""
+        return frozenset(json.loads(self.guard(lambda: self.client.get(keys.FOLLOWED)) or "[]"))
 
     def workflows(self) -> dict[str, dict[str, Any]]:
         """Return the definitions in force: name -> {"plan": hash, "workflow": Workflow.to_json()}."""
-        rows = self._guard(lambda: self.client.hgetall(keys.WORKFLOWS))
+        rows = self.guard(lambda: self.client.hgetall(keys.WORKFLOWS))
         return {name: json.loads(text) for name, text in sorted(rows.items())}
 
     def workflow_plan(self, name: str) -> str:
         """Return the hash of the plan in force of a workflow. Raises NotFoundError."""
-        text = self._guard(lambda: self.client.hget(keys.WORKFLOWS, name))
+        text = self.guard(lambda: self.client.hget(keys.WORKFLOWS, name))
         if text is None:
             raise NotFoundError(f"workflow {name!r} is not known here")
         return str(json.loads(text)["plan"])
@@ -259,7 +281,7 @@ class Ledger:
 
     def _expect(self, run: str, due_ms: int) -> None:
         """Note when something in a run is due, so that it is taken up in time; else the rescuer finds it later."""
-        self._guard(lambda: self.client.zadd(keys.TIMERS, {run: due_ms}, lt=True))
+        self.guard(lambda: self.client.zadd(keys.TIMERS, {run: due_ms}, lt=True))
 
     def start_failed(
         self, run: str, *, workflow: str, plan: str, event: str, event_id: str, created_ms: int, error: str
@@ -276,7 +298,7 @@ class Ledger:
             pipe.zadd(keys.RUNS, {run: created_ms}, nx=True)
             if active:
                 pipe.zadd(keys.ACTIVE, {run: created_ms}, nx=True)
-            self._guard(pipe.execute)
+            self.guard(pipe.execute)
 
     def close(self, run: str) -> tuple[str, str]:
         """Take a run that has ended, with an empty outbox, off the list of those in flight; one reopened stays.
@@ -286,7 +308,7 @@ class Ledger:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.zrem(keys.ACTIVE, run)
             pipe.hmget(keys.run_key(run, "run"), "workflow", "state", "created_at")
-            was_there, (workflow, state, created) = self._guard(pipe.execute)
+            was_there, (workflow, state, created) = self.guard(pipe.execute)
         if state is not None and not RunState(state).is_end:
             self.index(run, int(created))
             return "", ""
@@ -294,20 +316,20 @@ class Ledger:
 
     def drop(self, run: str, before_ms: int) -> None:
         """Take an id without a run off that list, if it was put there before: a younger one may be just starting."""
-        created = self._guard(lambda: self.client.zscore(keys.ACTIVE, run))
+        created = self.guard(lambda: self.client.zscore(keys.ACTIVE, run))
         if created is not None and created < before_ms:
             self.close(run)
 
     def active(self) -> list[str]:
         """Return the runs in flight, oldest first."""
-        return [str(run) for run in self._guard(lambda: self.client.zrange(keys.ACTIVE, 0, -1))]
+        return [str(run) for run in self.guard(lambda: self.client.zrange(keys.ACTIVE, 0, -1))]
 
     def plans_in_flight(self) -> set[str]:
         """Return the hashes of the plans that the runs in flight started with."""
         with self.client.pipeline(transaction=False) as pipe:
             for run in self.active():
                 pipe.hget(keys.run_key(run, "run"), "plan")
-            return {str(plan) for plan in self._guard(pipe.execute) if plan is not None}
+            return {str(plan) for plan in self.guard(pipe.execute) if plan is not None}
 
     # Steps
 
@@ -407,7 +429,7 @@ class Ledger:
 
     def phase_of(self, run: str) -> str:
         """Return the phase that a run is in (main: empty). Raises NotFoundError."""
-        state, phase = self._guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "phase"))
+        state, phase = self.guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "phase"))
         if state is None:
             raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
         return str(phase or "")
@@ -421,10 +443,10 @@ class Ledger:
 
     def due(self, now_ms: int, limit: int) -> tuple[list[str], int | None]:
         """Answer runs in which something is due, and when the next after these is; they are noted no longer."""
-        found = self._guard(lambda: self.client.zrange(keys.TIMERS, 0, limit, withscores=True))
+        found = self.guard(lambda: self.client.zrange(keys.TIMERS, 0, limit, withscores=True))
         runs = [str(run) for run, due in found if due <= now_ms][:limit]
         if runs:
-            self._guard(lambda: self.client.zrem(keys.TIMERS, *runs))
+            self.guard(lambda: self.client.zrem(keys.TIMERS, *runs))
         later = [int(due) for _, due in found[len(runs) :]]
         return runs, later[0] if later else None
 
@@ -436,7 +458,7 @@ class Ledger:
         # With an id, as in `cancel`: who asks again is not somebody who was slower.
         answer = self._call(run, "reopen", episode, json.dumps(reopening), uuid.uuid4().hex)
         if answer[0] == "ok":
-            created = self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "created_at"))
+            created = self.guard(lambda: self.client.hget(keys.run_key(run, "run"), "created_at"))
             self.index(run, int(created))
             if reopening["timeout_ms"]:
                 self._expect(run, self.now_ms() + int(reopening["timeout_ms"]))
@@ -449,44 +471,48 @@ class Ledger:
 
     def now_ms(self) -> int:
         """Return the server's time."""
-        seconds, micros = self._guard(self.client.time)
+        seconds, micros = self.guard(self.client.time)
         return int(seconds) * 1000 + int(micros) // 1000
 
     def child_of(self, run: str, slot: str) -> str:
         """Return the id of the nested run that a slot waits for, or empty."""
-        return str(self._guard(lambda: self.client.hget(keys.run_key(run, "states"), f"w:{slot}")) or "")
+        return str(self.guard(lambda: self.client.hget(keys.run_key(run, "states"), f"w:{slot}")) or "")
 
     def is_waiting(self, run: str, slot: str) -> bool:
         """Tell whether a slot waits for its nested run, in a run that is not to be stopped."""
         with self.client.pipeline(transaction=True) as pipe:
             pipe.hmget(keys.run_key(run, "run"), "state", "stopping")
             pipe.hget(keys.run_key(run, "states"), slot)
-            (state, stopping), slot_state = self._guard(pipe.execute)
+            (state, stopping), slot_state = self.guard(pipe.execute)
         return state == "running" and stopping is None and slot_state == "running"
 
     def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
         """Return which attempt a slot is at: (over all episodes, in this one)."""
-        retries, before = self._guard(
-            lambda: self.client.hmget(keys.run_key(run, "attempts"), f"{slot}#a", f"{slot}#b")
-        )
+        retries, before = self.guard(lambda: self.client.hmget(keys.run_key(run, "attempts"), f"{slot}#a", f"{slot}#b"))
         return 1 + int(retries or 0), 1 + int(retries or 0) - int(before or 0)
 
     def plan_of(self, run: str) -> str:
         """Return the hash of the plan that a run started with. Raises NotFoundError."""
-        plan = self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "plan"))
+        plan = self.guard(lambda: self.client.hget(keys.run_key(run, "run"), "plan"))
         if plan is None:
             raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
         return str(plan)
 
     def parent_of(self, run: str) -> str:
         """Return the JSON of the step that waits for a nested run; empty for other runs."""
-        return str(self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "parent")) or "")
+        return str(self.guard(lambda: self.client.hget(keys.run_key(run, "run"), "parent")) or "")
 
     def outcome(self, run: str) -> tuple[str, str, str]:
         """Return (state, payload of the output, JSON of the error) of a run; empty strings for what is not there."""
-        fields = self._guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "output", "error"))
+        fields = self.guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "output", "error"))
         state, output, error = fields
         return state or "", output or "", error or ""
+
+    def ending(self, run: str) -> dict[str, str]:
+        """Return what is known of a run that may have ended; empty if it is not known. All values are text."""
+        fields = ("workflow", "state", "episode", "output", "error", "event", "finished_at")
+        values = self.guard(lambda: self.client.hmget(keys.run_key(run, "run"), fields))
+        return {} if values[1] is None else {name: value or "" for name, value in zip(fields, values, strict=True)}
 
     def failure(self, run: str, step: str) -> dict[str, Any]:
         """Return the error of a failed step, or of its first failed item, with `step` and `index` in it."""
@@ -500,7 +526,7 @@ class Ledger:
             slots = (slot for step in steps for slot in self._failed(run, step))
             return [self._error(run, slot) for slot in islice(slots, limit)]
 
-        found: list[dict[str, Any]] = self._guard(read)
+        found: list[dict[str, Any]] = self.guard(read)
         return found
 
     def _failed(self, run: str, step: str) -> Iterator[str]:
@@ -524,7 +550,7 @@ class Ledger:
 
     def losses(self, run: str, slot: str) -> list[dict[str, Any]]:
         """Return what each loss of a slot was, oldest first: {"at": ms, "reason", "worker"}."""
-        text = self._guard(lambda: self.client.hget(keys.run_key(run, "attempts"), f"{slot}#x"))
+        text = self.guard(lambda: self.client.hget(keys.run_key(run, "attempts"), f"{slot}#x"))
         found: list[dict[str, Any]] = json.loads(f"[{text or ''}]")
         return found
 
@@ -598,7 +624,7 @@ class Ledger:
 
     def expected(self, runs: Sequence[str]) -> dict[str, float | None]:
         """Return when something is noted to be due in runs, ms; None where nothing is."""
-        scores = self._guard(lambda: self.client.zmscore(keys.TIMERS, list(runs))) if runs else []
+        scores = self.guard(lambda: self.client.zmscore(keys.TIMERS, list(runs))) if runs else []
         return dict(zip(runs, scores, strict=True))
 
     def give_up(self, run: str, error: Mapping[str, Any]) -> list[str]:
@@ -615,9 +641,9 @@ class Ledger:
             pipe.set(key, who, nx=True, px=lease_ms)
             pipe.get(key)
             pipe.time()
-            _, leader, (seconds, micros) = self._guard(pipe.execute)
+            _, leader, (seconds, micros) = self.guard(pipe.execute)
         if leader == who:
-            self._guard(lambda: self.client.pexpire(key, lease_ms))
+            self.guard(lambda: self.client.pexpire(key, lease_ms))
         return leader == who, seconds * 1000 + micros // 1000
 
     def server_started_ms(self) -> int:
@@ -625,54 +651,41 @@ class Ledger:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.info("server")
-            (seconds, _), info = self._guard(pipe.execute)
+            (seconds, _), info = self.guard(pipe.execute)
         return (int(seconds) - int(info["uptime_in_seconds"])) * 1000
 
     def resign(self, role: str, who: str) -> None:
         """Let somebody else lead at once."""
         key = keys.leader_key(role)
-        if self._guard(lambda: self.client.get(key)) == who:
-            self._guard(lambda: self.client.delete(key))
+        if self.guard(lambda: self.client.get(key)) == who:
+            self.guard(lambda: self.client.delete(key))
 
     def log(self, run: str, slot: str, attempt: int, text: str) -> None:
         """Keep the captured text, so far, of an attempt that is still going on."""
         self._call(run, "log", slot, attempt, text)
 
-    # Events
-
-    def seen(self, event: Event) -> bool:
-        """Tell whether this event was dealt with inside the dedupe window."""
-        return bool(self._guard(lambda: self.client.exists(keys.seen_key(event.key))))
-
-    def mark_seen(self, event: Event, verdicts: Mapping[str, str], *, accepted_ms: int, dedupe_s: int) -> None:
-        """Note that an event was dealt with, and the verdict of each workflow on it."""
-        record = {"event": event.to_json(), "accepted_at": accepted_ms, "verdicts": dict(verdicts)}
-        with self.client.pipeline(transaction=False) as pipe:
-            pipe.set(keys.event_key(event.key), json.dumps(record), ex=self.retention_s)
-            pipe.zadd(keys.EVENTS, {event.key: accepted_ms})
-            pipe.set(keys.seen_key(event.key), "1", ex=dedupe_s)
-            self._guard(pipe.execute)
+    # What comes in
 
     def set_aside(self, raw: bytes, reason: str, now_ms: int, *, detail: str = "", queue: str = "") -> None:
         """Keep the bytes of a message that nobody can process, until they are a dead letter (deadletters.py)."""
         record = keys.set_aside_record(raw, reason, now_ms, detail=detail, queue=queue)
-        self._guard(lambda: self.client.lpush(keys.SET_ASIDE, record))
+        self.guard(lambda: self.client.lpush(keys.SET_ASIDE, record))
 
     # File marks (triggers/files.py)
 
     def read(self, source: str) -> dict[str, str]:
         """Return the files that a watch has handled: path -> identity."""
-        return dict(self._guard(lambda: self.client.hgetall(keys.marks_key(source))))
+        return dict(self.guard(lambda: self.client.hgetall(keys.marks_key(source))))
 
     def write(self, source: str, marks: Mapping[str, str]) -> None:
         """Mark files as handled. Raises UnavailableError."""
-        self._guard(lambda: self.client.hset(keys.marks_key(source), mapping=dict(marks)))
+        self.guard(lambda: self.client.hset(keys.marks_key(source), mapping=dict(marks)))
 
     def forget(self, source: str, paths: Iterable[str]) -> None:
         """Forget files that are gone. Raises UnavailableError."""
         gone = list(paths)
         if gone:
-            self._guard(lambda: self.client.hdel(keys.marks_key(source), *gone))
+            self.guard(lambda: self.client.hdel(keys.marks_key(source), *gone))
 
     def is_up(self) -> bool:
         """Tell whether the server answers; a refusal is an answer (its disk may be full), and it can be read."""
@@ -686,30 +699,26 @@ class Ledger:
     def refusal(self) -> str:
         """Say why the server cannot be used, as it is away or takes no writes; empty if it can."""
         try:
-            self._guard(lambda: self.client.set(keys.PROBE, "1", px=1))
+            self.guard(lambda: self.client.set(keys.PROBE, "1", px=1))
         except UnavailableError as exc:
             return str(exc)
         return ""
 
     def trim(self, before_ms: int) -> list[str]:
-        """Take runs and events older than that off the indexes; answers the runs (some may still be in flight)."""
-        old = [str(run) for run in self._guard(lambda: self.client.zrange(keys.RUNS, "-inf", before_ms, byscore=True))]
+        """Take runs older than that off the index; answers them (some may still be in flight)."""
+        old = [str(run) for run in self.guard(lambda: self.client.zrange(keys.RUNS, "-inf", before_ms, byscore=True))]
         with self.client.pipeline(transaction=False) as pipe:
             for run in old:
                 pipe.exists(keys.run_key(run, "run"))
-            gone = [run for run, there in zip(old, self._guard(pipe.execute), strict=True) if not there]
+            gone = [run for run, there in zip(old, self.guard(pipe.execute), strict=True) if not there]
         with self.client.pipeline(transaction=False) as pipe:
             if gone:
                 pipe.zrem(keys.RUNS, *gone)
-            pipe.zremrangebyscore(keys.EVENTS, "-inf", before_ms)
-            self._guard(pipe.execute)
+            self.guard(pipe.execute)
         return gone
 
     def guard(self, command: Any) -> Any:
-        """Answer what `command`, which uses the client, answers. Raises UnavailableError if the server is away."""
-        return self._guard(command)
-
-    def _guard(self, command: Any) -> Any:
+        """Run a command on the server; raises UnavailableError if it is away, or takes none."""
         try:
             return command()
         except redis.RedisError as exc:

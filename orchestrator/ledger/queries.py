@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.errors import NotFoundError
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
-from orchestrator.payloads import BlobNotFound, Payloads
+from orchestrator.payloads import Payloads
 from orchestrator.plan import Plan
 from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
 from orchestrator.workflows import END
@@ -83,8 +83,8 @@ class Queries:
             episode=int(fields["episode"]),
             event_id=fields["event_id"],
             plan=fields["plan"],
-            input=self._value(fields.get("input", "")),
-            output=self._value(fields.get("output", "")),
+            input=self._payloads.unpack_or_none(fields.get("input", "")),
+            output=self._payloads.unpack_or_none(fields.get("output", "")),
             error=json.loads(fields["error"]) if fields.get("error") else None,
             created_at=rfc3339(int(fields["created_at"])) or "",
             started_at=_time(fields.get("started_at")),
@@ -116,13 +116,6 @@ class Queries:
             fields = [f"{step_id}/{index}" for index in range(lo, min(lo + 1000, count))]
             for state in self._client.hmget(keys.run_key(run, "states"), fields):
                 yield state or "queued"
-
-    def _value(self, payload: str) -> Any:
-        """Return the value of a payload; None if its blob is lost: the rest of the run is still to be seen."""
-        try:
-            return self._payloads.unpack(payload)
-        except BlobNotFound:
-            return None
 
     def _slots(self, run: str, slots: Sequence[str], *, with_output: bool = True) -> list[StepRun]:
         """Read steps or items (`step/index`)."""
@@ -159,7 +152,7 @@ class Queries:
                     worker=record.get("worker"),
                     code=record.get("code"),
                     error=record.get("error"),
-                    output=self._value(outputs[n] or "") if with_output else None,
+                    output=self._payloads.unpack_or_none(outputs[n] or "") if with_output else None,
                     run=nested[n] if nested[n] != "~" else None,
                     due_at=rfc3339(due[n] or wakes[n]),
                 )
@@ -221,41 +214,6 @@ class Queries:
             for (_, _, n, slot, field), text in zip(page, texts, strict=True)
         ]
         return rows, names[lo + len(page) - 1] if lo + len(page) < len(names) else None
-
-    def event(self, key: str) -> dict[str, Any]:
-        """Return an event by its id or key: {"event", "accepted_at", "verdicts"}."""
-        text = self._client.get(keys.event_key(key))
-        if text is None:
-            for _, row in self._newest(keys.EVENTS, None, self._events):
-                if row and json.loads(row)["event"]["id"] == key:
-                    text = row
-                    break
-        if text is None:
-            raise NotFoundError(f"event {key!r} is not known; see `orchestrator events list`")
-        return self._event(str(text))
-
-    def events(self, *, limit: int = 50, after: str | None = None) -> tuple[list[dict[str, Any]], str | None]:
-        """Return events with their verdicts, and the cursor of the next page."""
-        found: list[dict[str, Any]] = []
-        last = None
-        for key, text in self._newest(keys.EVENTS, after, self._events):
-            if not text:
-                continue
-            if len(found) == limit:
-                return found, last
-            found.append(self._event(text))
-            last = key
-        return found, None
-
-    def _events(self, ids: Sequence[str]) -> list[str | None]:
-        rows: list[str | None] = self._client.mget([keys.event_key(key) for key in ids])
-        return rows
-
-    @staticmethod
-    def _event(text: str) -> dict[str, Any]:
-        body: dict[str, Any] = json.loads(text)
-        body["accepted_at"] = rfc3339(body["accepted_at"])
-        return body
 
 
 def _time(text: str | None) -> str | None:

@@ -35,7 +35,7 @@ def test_a_new_project_runs_as_it_is(make_up: Callable[[dict[str, str]], Up]) ->
     assert run["output"] == {"file": str(up.project / "inbox" / "one.csv"), "rows": 3, "total": 20.1}
     (event,) = json.loads(up.ask("events", "list", "--json"))["items"]
     assert event["event"]["data"]["name"] == "one.csv"
-    assert event["verdicts"] == {"invoices": f"started run {run['id']}"}
+    assert event["verdicts"] == {"invoices": {"verdict": "started", "run": run["id"], "reason": None}}
 
 
 def test_the_commands_of_the_examples_work() -> None:

@@ -210,7 +210,7 @@ def test_bad_messages_become_dead_letters_with_their_bodies(
     """And the worker and the dispatcher go on."""
     engine = Engine(on_rabbitmq, patience_s=0.0)
     letters = DeadLetters(engine.ledger, engine.payloads, on_rabbitmq)
-    dispatcher, bus = Dispatcher(engine, EventBus(engine.app)), EventBus(engine.app)
+    dispatcher, bus = Dispatcher(engine), engine.bus
     dispatcher.apply([])
     worker = start_on_rabbitmq("bad")
     queue = queue_name("bad")
@@ -234,7 +234,7 @@ def test_bad_messages_become_dead_letters_with_their_bodies(
         good = Event(id="good", source="s", type="t", time="")
         bus.publish([good])
         dispatcher.start()
-        wait_until(lambda: engine.ledger.seen(good), "the good event was dispatched")
+        wait_until(lambda: engine.events.seen(good), "the good event was dispatched")
         gate = tmp_path / "gate"
         gate.touch()
         assert engine.start("good", _plan(engine, "bad", gate), event={}, params={})

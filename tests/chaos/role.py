@@ -90,7 +90,8 @@ POINTS = {
     "killed.before": Point("workers.deadlines:Deadlines._record", "before"),
     "emit.before": Point("orchestrator.bus:EventBus.publish", "before"),
     "mark.before": _ledger("write", "before"),
-    "seen.before": _ledger("mark_seen", "before"),
+    "seen.before": Point("orchestrator.eventlog:EventLog.note", "before"),
+    "ended.before": Point("orchestrator.engine:Engine.tell_followers", "before"),
 }
 
 #: Who reaches the point that is struck under this name; others reach it themselves.

@@ -106,7 +106,7 @@ BAD_EVENTS = [
 
 def test_the_dispatcher_leaves_a_letter_of_each_bad_event_and_goes_on(engine: Engine, letters: DeadLetters) -> None:
     bus = EventBus(engine.app)
-    dispatcher = Dispatcher(engine, bus)
+    dispatcher = Dispatcher(engine)
     dispatcher.apply([Workflow(name="w", steps=(Step(id="a", task="t:f"),), on=(OnEvent(pattern={"type": ["t"]}),))])
     with engine.app.producer_pool.acquire(block=True) as producer:
         for body in BAD_EVENTS:
@@ -119,7 +119,7 @@ def test_the_dispatcher_leaves_a_letter_of_each_bad_event_and_goes_on(engine: En
     bus.publish([good])
     dispatcher.start()
     try:
-        wait_until(lambda: engine.ledger.seen(good), "the good one was dispatched")
+        wait_until(lambda: engine.events.seen(good), "the good one was dispatched")
     finally:
         dispatcher.stop()
     assert _bytes(letters) == sorted([*BAD_EVENTS, b"not JSON", odd])

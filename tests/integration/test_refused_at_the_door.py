@@ -90,7 +90,7 @@ def test_a_file_is_not_marked_until_its_event_is_on_the_bus(
 
 
 def test_a_run_is_started_whole_or_not_at_all(own: Engine, refuse: Callable[[bool], None]) -> None:
-    dispatcher = Dispatcher(own, EventBus(own.app))
+    dispatcher = Dispatcher(own)
     dispatcher.apply([WORKFLOW])
     event = manual_event("w", {}, event_id="e")
     refuse(True)
@@ -98,7 +98,7 @@ def test_a_run_is_started_whole_or_not_at_all(own: Engine, refuse: Callable[[boo
         dispatcher.dispatch(event)
     assert list(own.ledger.client.scan_iter("orchestrator:{*")) == []
     refuse(False)
-    assert dispatcher.dispatch(event)["w"].startswith("started run")
+    assert dispatcher.dispatch(event)["w"].verdict == "started"
     (run,) = own.ledger.active()
     assert own.ledger.client.hget(keys.run_key(run, "run"), "state") == "queued"
 

@@ -122,7 +122,7 @@ def test_a_large_value_is_a_blob_and_a_missing_one_is_told(payloads: Payloads) -
     payload = payloads.pack("x" * 200, "runs/r/a-1")
     assert payload == "@runs/r/a-1"
     assert payloads.unpack_all([payload, "", "1"]) == ["x" * 200, None, 1]
-    payloads.delete_run("r")
+    payloads.delete("runs/r")
     with pytest.raises(BlobNotFound):
         payloads.unpack(payload)
 

@@ -551,3 +551,8 @@ def test_a_file_that_cannot_be_read_is_a_fault(project):
     root = project(**{"workflows/w.yaml": yaml()})
     os.symlink(root / "nowhere", root / "workflows" / "x.yaml")  # noqa: PTH211
     assert faults_of(root) == ["workflows/x.yaml: cannot be read: No such file or directory"]
+
+
+def test_a_workflow_can_only_follow_one_that_is_there(project):
+    root = project(**{"workflows/w.yaml": yaml() + "on:\n  - run: {workflow: [w, v]}\n"})
+    assert faults_of(root) == ["workflows/w.yaml:7: on.0.run.workflow: unknown workflow 'v'; known: w"]
