@@ -25,6 +25,7 @@ from orchestrator.cli.access import (
 )
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.schedules import app as schedules
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
 from orchestrator.workflows import Workflow, unknown
 
@@ -46,6 +47,7 @@ app.add_typer(runs, name="runs")
 app.add_typer(events, name="events")
 app.add_typer(workflows, name="workflows")
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(schedules, name="schedules")
 
 
 # Definitions
@@ -179,6 +181,14 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     from orchestrator.cli.control import Control
 
     return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
+
+
+@app.command()
+def beat(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
+    """Run the beat, which emits what schedules ask for, in production; one of several leads."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir)), roles=["beat"]).run()
 
 
 @app.command()

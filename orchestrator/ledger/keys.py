@@ -73,6 +73,13 @@ UNREPORTED = f"{DEAD_LETTERS}:unreported"
 EXPIRY_WARNED = f"{DEAD_LETTERS}:warned"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
+#: Schedule's name -> how far it has come, as JSON (schedules.py); permanent, a row for each schedule that there was
+#: within the retention.
+SCHEDULES = f"{PREFIX}:schedules"
+#: Names of schedules that are paused -> since when, ms; permanent.
+PAUSED_SCHEDULES = f"{PREFIX}:schedules:paused"
+#: Backfill's id -> what it is and how far it has come, as JSON (schedules.py); permanent, gone a week after its end.
+BACKFILLS = f"{PREFIX}:backfills"
 #: Written to see whether the server takes writes; gone at once.
 PROBE = f"{PREFIX}:probe"
 
@@ -85,6 +92,7 @@ def leader_key(role: str) -> str:
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
     RUNS, ACTIVE, TIMERS, WORKFLOWS, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED,
+    SCHEDULES, PAUSED_SCHEDULES, BACKFILLS,
     f"{PREFIX}:marks:*", f"{PREFIX}:plan:*"
 )  # fmt: skip
 
