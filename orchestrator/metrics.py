@@ -7,6 +7,7 @@ not waited for: then there is what can be said without them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -56,8 +57,10 @@ class Metrics:
         self._settings = settings
         self._app = engine.app
         self._ledger = Ledger(connect(settings.ledger_url, timeout_s=_TIMEOUT_S))
-        is_one = not settings.has_redis_broker or settings.broker_url == settings.ledger_url
-        self._broker = self._ledger.client if is_one else connect(settings.broker_url, timeout_s=_TIMEOUT_S)
+        #: Whether one server is both, which then need not be asked twice.
+        self._is_one = settings.broker_url == settings.ledger_url
+        is_other_redis = settings.has_redis_broker and not self._is_one
+        self._broker = Ledger(connect(settings.broker_url, timeout_s=_TIMEOUT_S)) if is_other_redis else self._ledger
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(self._collect))
         ProcessCollector(registry=self._registry)
@@ -71,7 +74,7 @@ class Metrics:
     def faults(self) -> list[str]:
         """Say what keeps this process from its work: a ledger that takes no writes, a broker that is away."""
         found = [self._ledger.refusal()]
-        if not self._settings.has_redis_broker or self._broker is not self._ledger.client:
+        if not self._is_one:
             try:
                 self._depths([EVENT_QUEUE])
             except UnavailableError as exc:
@@ -101,34 +104,26 @@ class Metrics:
             rows.setdefault(name, []).append((labels, float(value)))
         yield from _counted(rows)
         seen = {labels.get("pool", "") for labels, _ in rows.get("queue_seconds_sum", ())}
-        yield from self._queues({DEFAULT_POOL, *self._settings.pools, *seen} - {""})
-
-    def _queues(self, pools: Iterable[str]) -> Iterator[Metric]:
-        names = {queue_name(pool, priority): (pool, priority) for pool in sorted(pools) for priority in PRIORITIES}
-        try:
-            bus, *depths = self._depths([EVENT_QUEUE, *names])
-        except UnavailableError:
-            yield GaugeMetricFamily("orchestrator_broker_up", "Whether the broker answers.", value=0)
-            return
-        yield GaugeMetricFamily("orchestrator_broker_up", "Whether the broker answers.", value=1)
-        yield GaugeMetricFamily("orchestrator_bus_depth", "Events that wait for the dispatcher.", value=bus)
-        depth = GaugeMetricFamily(
-            "orchestrator_queue_depth", "Messages that wait for a worker.", labels=("pool", "priority")
-        )
-        for labels, messages in zip(names.values(), depths, strict=True):
-            depth.add_metric(labels, messages)
-        yield depth
+        pools = sorted({DEFAULT_POOL, *self._settings.pools, *seen} - {""})
+        names = {queue_name(pool, priority): (pool, priority) for pool in pools for priority in PRIORITIES}
+        depths = None
+        if is_up or not self._is_one:
+            with suppress(UnavailableError):
+                depths = self._depths([EVENT_QUEUE, *names])
+        yield GaugeMetricFamily("orchestrator_broker_up", "Whether the broker answers.", value=depths is not None)
+        if depths is not None:
+            yield from _waiting(depths[0], dict(zip(names.values(), depths[1:], strict=True)))
 
     def _depths(self, queues: Sequence[str]) -> list[int]:
         """Return how many messages wait in queues; 0 for one that nobody has made. Raises UnavailableError."""
         if self._settings.has_redis_broker:
-            with self._broker.pipeline(transaction=False) as pipe:
+            with self._broker.client.pipeline(transaction=False) as pipe:
                 for queue in queues:
                     pipe.llen(queue)
-                return list(self._ledger.guard(pipe.execute))
+                return list(self._broker.guard(pipe.execute))
         try:
             with self._app.connection_for_read(connect_timeout=_TIMEOUT_S) as connection:
-                connection.connect()
+                connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
                 return [_depth(connection, queue) for queue in queues]
         except broker_errors(self._app) as exc:
             where = mask_url(self._settings.broker_url)
@@ -145,6 +140,16 @@ def _depth(connection: Any, queue: str) -> int:
         return 0
     finally:
         channel.close()
+
+
+def _waiting(bus: int, depths: Mapping[tuple[str, str], int]) -> Iterator[Metric]:
+    yield GaugeMetricFamily("orchestrator_bus_depth", "Events that wait for the dispatcher.", value=bus)
+    family = GaugeMetricFamily(
+        "orchestrator_queue_depth", "Messages that wait for a worker.", labels=("pool", "priority")
+    )
+    for labels, depth in depths.items():
+        family.add_metric(labels, depth)
+    yield family
 
 
 def _counted(rows: Mapping[str, Sequence[tuple[dict[str, str], float]]]) -> Iterator[Metric]:

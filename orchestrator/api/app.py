@@ -19,7 +19,7 @@ Runs, events, dead letters, workflows and schedules. Objects are those of the co
 `items` and a cursor `next`, which `after` takes. Errors are problem+json (RFC 9457).
 """
 #: How long one answer of the ledger may take; a server that is away is not waited for.
-_TIMEOUT_S = 3.0
+_TIMEOUT_S = 2.0
 
 
 def make_app(engine: Engine) -> FastAPI:
