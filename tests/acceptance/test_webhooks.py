@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.cli.gateway import addresses
+from orchestrator.cli.addresses import addresses
 from orchestrator.engine import Engine
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import run_id

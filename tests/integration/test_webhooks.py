@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.cli import gateway as gateway_module
-from orchestrator.cli.gateway import Gateway, addresses, listen
+from orchestrator.cli.addresses import STATE, addresses, listen
+from orchestrator.cli.gateway import Gateway
 from orchestrator.engine import Engine
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
 from orchestrator.events import Event, digest
@@ -574,7 +574,7 @@ def test_an_address_of_elsewhere_is_told(settings: Settings, host: str) -> None:
 def test_state_that_is_broken_is_not_minded(settings: Settings) -> None:
     settings.data_dir.mkdir(parents=True)
     for text in ("{", "[]", '{"url": "http://x:99999999"}', '{"url": 5}'):
-        (settings.data_dir / gateway_module.STATE).write_text(text)
+        (settings.data_dir / STATE).write_text(text)
         listen(settings).close()
 
 
