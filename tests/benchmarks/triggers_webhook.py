@@ -83,9 +83,9 @@ def measure(clients: int = 32, seconds: float = 10.0) -> dict[str, Any]:
             host, port = _wait_for(settings.data_dir)
             asyncio.run(_deliver(host, port, clients, 1.0, "warm"))
             # In a process of their own: here is nothing that their time would be taken from.
+            load = ["--deliver", host, str(port), "--clients", str(clients), "--seconds", str(seconds)]
             sent = subprocess.run(
-                [sys.executable, "-m", "tests.benchmarks.triggers_webhook", "--deliver", host, str(port)]
-                + ["--clients", str(clients), "--seconds", str(seconds)],
+                [sys.executable, "-m", "tests.benchmarks.triggers_webhook", *load],
                 capture_output=True, check=True, text=True,
             )  # fmt: skip
         took = json.loads(sent.stdout)
