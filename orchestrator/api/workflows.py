@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
+from redis import RedisError
 from starlette.concurrency import run_in_threadpool
 
 from orchestrator import canvas, drawing, operations
@@ -17,6 +19,7 @@ from orchestrator.api.gate import needs
 from orchestrator.api.place import LONGEST_WAIT_S, ROOT, Limit, Place, Wait, page, router, says, seconds
 from orchestrator.api.runs import wait_for
 from orchestrator.deadletters import parse_since
+from orchestrator.errors import UnavailableError
 from orchestrator.plan import Plan
 from orchestrator.tokens import Scope
 
@@ -88,8 +91,9 @@ def make_router(place: Place) -> APIRouter:
 
         run, event_id = await run_in_threadpool(start)
         request.state.entry.add(run=run)
-        if wait_s and await wait_for(engine, run, wait_s, request):
-            return Json(await run_in_threadpool(lambda: place.queries.run(run).to_json()))
+        with suppress(UnavailableError, RedisError):  # it is asked for, whatever can be seen of it now
+            if wait_s and await wait_for(engine, run, wait_s, request):
+                return Json(await run_in_threadpool(lambda: place.queries.run(run).to_json()))
         started = {"id": run, "workflow": workflow, "event_id": event_id}
         return Json(started, status_code=202, headers={"Location": f"{ROOT}/runs/{run}"})
 
