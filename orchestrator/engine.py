@@ -16,15 +16,17 @@ from typing import Any
 from celery import Celery
 
 from orchestrator import canvas
-from orchestrator.celery_app import broker_errors, make_app
+from orchestrator.celery_app import PRIORITIES, broker_errors, make_app
 from orchestrator.deadletters import DeadLetters
 from orchestrator.errors import UnavailableError
+from orchestrator.events import PRIORITY
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState, child_run_id
 from orchestrator.settings import Settings, mask_url
+from orchestrator.subscriptions import schedule_source
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
 CHORES = "!^"
@@ -54,16 +56,18 @@ class Engine:
         self.ledger.client.close()
         self.app.close()
 
-    def publish(self, run: str, rows: Sequence[str], *, plan: Plan | None = None) -> None:
+    def publish(self, run: str, rows: Sequence[str], *, plan: Plan | None = None, priority: str | None = None) -> None:
         """Publish units that have become ready, do the chores among the rows, and clear them from the outbox.
 
         Raises UnavailableError if a server is away: the rows stay in the outbox, where `repair` finds them;
-        NotFoundError if the run's plan is gone. `plan` is that of the run, if it is at hand.
+        NotFoundError if the run's plan is gone. `plan` and `priority` are those of the run, if they are at hand.
         """
         units = [row for row in rows if row[0] not in CHORES]
         slots = [row[1:] for row in rows if row[0] == "!"]
         if units:
-            self._publish(run, plan or self.plan(self.ledger.plan_of(run)), units)
+            self._publish(
+                run, plan or self.plan(self.ledger.plan_of(run)), units, priority or self.ledger.priority_of(run)
+            )
         if slots:
             self.dead_letters.bury(run, slots)
         for row in rows:
@@ -77,8 +81,8 @@ class Engine:
         if not left and (has_ended or "^close" in rows):
             self.ledger.close(run)
 
-    def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
-        ready = canvas.ready(self.app, plan, run, units)
+    def _publish(self, run: str, plan: Plan, units: Sequence[str], priority: str) -> None:
+        ready = canvas.ready(self.app, plan, run, units, priority)
         try:
             canvas.publish(self.app, ready)
         except broker_errors(self.app) as exc:
@@ -102,6 +106,7 @@ class Engine:
         `parent` (run, step, index, attempt) waits for it; with `timeout_ms` it may take no longer, nor than its
         workflow says.
         """
+        priority = _priority_of(event)
         started = self.ledger.start(
             run,
             plan,
@@ -111,9 +116,10 @@ class Engine:
             created_ms=now_ms(),
             parent=parent,
             timeout_ms=min(filter(None, (timeout_ms, plan.timeout_ms)), default=0),
+            priority=priority,
         )
         if started:
-            self.publish(run, plan.roots, plan=plan)
+            self.publish(run, plan.roots, plan=plan, priority=priority)
         return started
 
     def cancel(self, run: str) -> bool:
@@ -204,6 +210,13 @@ class Engine:
         """Drop what is past its retention: the blobs of old runs, and their places in the indexes."""
         for run in self.ledger.trim(now_ms() - self.settings.retention_s * 1000):
             self.payloads.delete_run(run)
+
+
+def _priority_of(event: Mapping[str, Any]) -> str:
+    """Return the priority of the runs of an event. Only schedules say one; what others call `priority` is theirs."""
+    said = event.get(PRIORITY)
+    is_ours = str(event.get("source", "")).startswith(schedule_source(""))
+    return str(said) if is_ours and said in PRIORITIES else "normal"
 
 
 def now_ms() -> int:
