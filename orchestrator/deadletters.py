@@ -42,6 +42,7 @@ REASONS = (
     "unknown_task",
     "envelope", "body", "content_type", "expired", "not_a_step",
     "not_an_event", "dispatch", "loop",
+    "notification",
 )  # fmt: skip
 
 _DAY_S = 86_400

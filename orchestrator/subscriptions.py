@@ -176,6 +176,13 @@ def file_source(workflow: str, path: str) -> str:
     return f"file://{quote(path)}?workflow={quote(workflow)}"
 
 
+def s3_source(bucket: str, endpoint_url: str | None = None) -> str:
+    """Return the source of the events of a bucket; one of another store says which."""
+    return f"orchestrator:s3/{bucket}" + (
+        f"?endpoint={quote(endpoint_url.rstrip('/'), safe='')}" if endpoint_url else ""
+    )
+
+
 def schedule_name(workflow: str, on: OnSchedule) -> str:
     """Return the name of a schedule: its workflow's, and its own where the workflow has several."""
     return f"{workflow}.{on.name}" if on.name else workflow
@@ -207,7 +214,8 @@ def pattern_of(workflow: str, on: On) -> dict[str, Any]:
             data: dict[str, Any] = {"bucket": [on.bucket]}
             if on.prefix or on.suffix:
                 data["key"] = [{"wildcard": f"{_literal(on.prefix)}*{_literal(on.suffix)}"}]
-            return {"type": [S3_EVENTS[event] for event in on.events], "data": data}
+            source = s3_source(on.bucket, on.endpoint_url)
+            return {"type": [S3_EVENTS[event] for event in on.events], "source": [source], "data": data}
         case OnWebhook():
             return {"trigger": [webhook_trigger(on.path)]}
         case OnSchedule():
@@ -228,6 +236,8 @@ _Faults = list[tuple[tuple[str, ...], str]]
 
 #: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
+#: An SQS queue by name, or by ARN.
+_QUEUE = re.compile(r"(arn:[a-z-]+:sqs:[a-z0-9-]+:\d{12}:)?[A-Za-z0-9_-]{1,75}([A-Za-z0-9_-]{0,5}|\.fifo)\Z")
 _PATH = re.compile(r"[A-Za-z0-9_.~-]+(/[A-Za-z0-9_.~-]+)*\Z")
 _METHODS = ("POST", "PUT", "PATCH", "GET", "DELETE")
 _QUEUE_SCHEMES = ("redis", "rediss", "amqp", "amqps", "sqs", "env", "file")
@@ -257,7 +267,21 @@ def _s3_faults(on: OnS3) -> _Faults:
         found.append((("bucket",), message))
     if on.queue is None and on.poll_s is None:
         found.append(((), "needs `queue:` (notifications), or `poll:` (listing), or both"))
+    if on.queue is None and "removed" in on.events:
+        found.append((("events",), "`removed` is told by notifications alone, and there is no `queue:`"))
+    if on.endpoint_url is not None and not _is_http_url(on.endpoint_url):
+        found.append(
+            (("endpoint_url",), f"{on.endpoint_url!r} is no URL of a server: write http://HOST:PORT, or https")
+        )
+    if on.queue is not None and not _QUEUE.match(on.queue) and not _is_http_url(on.queue):
+        message = f"{on.queue!r} cannot be a queue: its URL, its ARN, or its name (up to 80 of A-Z a-z 0-9 - _)"
+        found.append((("queue",), message))
     return found
+
+
+def _is_http_url(text: str) -> bool:
+    parts = urlsplit(text)
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _webhook_faults(on: OnWebhook) -> _Faults:

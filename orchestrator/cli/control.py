@@ -30,6 +30,7 @@ from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
 from triggers.files import file_triggers
+from triggers.s3 import s3_triggers
 from triggers.supervisor import Kind, TriggerSupervisor
 
 log = get_logger(__name__)
@@ -115,7 +116,10 @@ def _care_of(engine: Engine) -> list[LeadingService]:
 
 def _kinds_of_trigger(engine: Engine) -> tuple[Kind, ...]:
     settings = engine.settings
-    return (partial(file_triggers, marks=engine.ledger, emit=engine.bus.publish, rescan_s=settings.rescan_s),)
+    return (
+        partial(file_triggers, marks=engine.ledger, emit=engine.bus.publish, rescan_s=settings.rescan_s),
+        partial(s3_triggers, engine=engine, emit=engine.bus.publish),
+    )
 
 
 class Follower(Protocol):

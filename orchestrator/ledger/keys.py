@@ -153,3 +153,13 @@ def definitions_key(definitions: str) -> str:
 def marks_key(source: str) -> str:
     """Hash path -> identity of the files that a watch has handled; permanent, each field lives as long as its file."""
     return f"{PREFIX}:marks:{source}"
+
+
+def objects_key(bucket: str, shard: str) -> str:
+    """Hash of some records of the objects of a bucket (objects.py); TTL of 400 days from when one is seen."""
+    return f"{PREFIX}:{{s3:{bucket}}}:{shard}"
+
+
+def listing_key(bucket: str) -> str:
+    """Key that says how far a bucket was listed, as JSON (triggers/listing.py); the same TTL."""
+    return f"{PREFIX}:{{s3:{bucket}}}:listing"
