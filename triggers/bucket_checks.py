@@ -51,7 +51,7 @@ def _check(on: OnS3) -> Finding:
         told = client.get_bucket_notification_configuration(Bucket=on.bucket)
     except store_errors() as exc:
         return Finding(name, False, f"does not say whether it notifies: {describe_error(exc)}")
-    return Finding(name, *_verdict(on, arn, told))
+    return Finding(name, *verdict_on(on, arn, told))
 
 
 def _verdict(on: OnS3, arn: str, told: Mapping[str, Any]) -> tuple[bool, str]:
