@@ -496,7 +496,7 @@ class Ledger:
 
     def priority_of(self, run: str) -> str:
         """Return the priority of a run: high, normal or low."""
-        return str(self._guard(lambda: self.client.hget(keys.run_key(run, "run"), "priority")) or "normal")
+        return str(self.guard(lambda: self.client.hget(keys.run_key(run, "run"), "priority")) or "normal")
 
     def plan_of(self, run: str) -> str:
         """Return the hash of the plan that a run started with. Raises NotFoundError."""
