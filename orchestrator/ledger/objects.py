@@ -118,16 +118,16 @@ class ObjectRecords:
 
     def listing(self) -> dict[str, Any]:
         """Return how far the bucket was listed, as `keep_listing` was last given it; empty if it never was."""
-        text = self._ledger._guard(lambda: self._ledger.client.get(keys.listing_key(self._bucket)))
+        text = self._ledger.guard(lambda: self._ledger.client.get(keys.listing_key(self._bucket)))
         return dict(json.loads(text)) if text else {}
 
     def keep_listing(self, state: dict[str, Any]) -> None:
         """Keep how far the bucket was listed."""
         key, text = keys.listing_key(self._bucket), json.dumps(state)
-        self._ledger._guard(lambda: self._ledger.client.set(key, text, ex=_TTL_S))
+        self._ledger.guard(lambda: self._ledger.client.set(key, text, ex=_TTL_S))
 
     def _call(self, shards: list[str], argv: list[str | int]) -> Any:
-        return self._ledger._guard(lambda: self._script(keys=shards, args=argv))
+        return self._ledger.guard(lambda: self._script(keys=shards, args=argv))
 
     def _place(self, key: str) -> tuple[str, str]:
         """Return the hash and the field of a key's record."""
