@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -18,12 +17,17 @@ from tests.acceptance.proxy import Proxy
 from tests.conftest import wait_until
 from tests.moto import CREDENTIALS, Moto, arn
 
-BUCKET = "incoming"
-TASKS = "def size(key, size):\n    return [key, size]\n"
+TASKS = """
+import os
+def note(key, etag):
+    descriptor = os.open("record", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+    os.write(descriptor, f"{key} {etag}\\n".encode())
+    os.close(descriptor)
+"""
 WORKFLOW = """
 workflow: objects
-on: [{{s3: {{bucket: {bucket}, prefix: in/, {how}, endpoint_url: "{url}"}}}}]
-steps: {{size: {{task: "tasks:size", with: {{key: "{{{{ event.data.key }}}}", size: "{{{{ event.data.size }}}}"}}}}}}
+on: [{{s3: {{bucket: incoming, prefix: in/, {how}, endpoint_url: "{url}"}}}}]
+steps: {{note: {{task: "tasks:note", with: {{key: "{{{{ event.data.key }}}}", etag: "{{{{ event.data.etag }}}}"}}}}}}
 """
 
 
@@ -36,38 +40,31 @@ def moto(tmp_path: Path) -> Iterator[Moto]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("how", ["queue: objects", "poll: 1s"])
-def test_each_object_is_one_run_whatever_is_killed(how: str, moto: Moto, make_up: Callable[..., Up]) -> None:
+@pytest.mark.parametrize(("how", "keys"), [("queue: objects", 200), ("poll: 1s", 240)])
+def test_each_object_is_one_run_whatever_is_killed(
+    how: str, keys: int, moto: Moto, make_up: Callable[..., Up], tmp_path: Path
+) -> None:
+    """With a queue an overwrite is a second run; a listing sees the last of several alone, so there is none here."""
     queue = moto.queue("objects")
-    moto.bucket(BUCKET, queue=arn("objects"))
-    s3 = moto.client("s3")
-    proxy = Proxy(moto.url)
-    workflow = WORKFLOW.format(bucket=BUCKET, how=how, url=proxy.url)
-    up = make_up({"tasks.py": TASKS, "workflows/objects.yaml": workflow})
+    moto.bucket("incoming", queue=arn("objects"))
+    s3, proxy = moto.client("s3"), Proxy(moto.url)
+    tasks = TASKS.replace('"record"', repr(str(tmp_path / "record")))
+    up = make_up({"tasks.py": tasks, "workflows/objects.yaml": WORKFLOW.format(how=how, url=proxy.url)})
     up.start(**CREDENTIALS)
     up.wait_ready()
-    chance = random.Random(5)
-    expected: Counter[str] = Counter()
-    is_over = threading.Event()
+    chance, expected = random.Random(5), Counter[str]()
 
     def put() -> None:
         for n in range(240):
-            key = f"in/a+b ü/{n % 200}"
-            s3.put_object(Bucket=BUCKET, Key=key, Body=str(n).encode())
-            expected[key] += 1
-            settle(chance.random() / 20)
-        is_over.set()
+            key = f"in/a+b-ü/{n % keys}"
+            etag = s3.put_object(Bucket="incoming", Key=key, Body=str(n).encode())["ETag"].strip('"')
+            expected[f"{key} {etag}"] += 1
+            settle(0.03)
 
     putting = threading.Thread(target=put)
-    if how.startswith("poll"):
-        put()  # an overwrite between two listings is seen once
-        expected = Counter(set(expected))
-        is_over.clear()
     putting.start()
-    if how.startswith("poll"):
-        expected = Counter({f"in/a+b ü/{n}": 1 for n in range(200)})
-    while not is_over.is_set():
-        settle(chance.random() * 2)
+    while putting.is_alive():
+        settle(chance.random() * 3)
         control = up.pid_of("control")
         if control is not None:
             os.kill(control, signal.SIGKILL)
@@ -75,16 +72,13 @@ def test_each_object_is_one_run_whatever_is_killed(how: str, moto: Moto, make_up
         proxy.break_connections()
     putting.join()
 
-    def started() -> Counter[str]:
-        return Counter(run["event_id"] for run in up.runs())
+    def noted() -> Counter[str]:
+        path = tmp_path / "record"
+        return Counter(path.read_text().splitlines()) if path.exists() else Counter()
 
-    wait_until(lambda: len(started()) >= expected.total(), "each object has its run", 40)
-    if "queue" in how:
+    wait_until(lambda: noted() >= expected, "each object has its run", 120)
+    if how.startswith("queue"):
         wait_until(lambda: moto.depth(queue) == 0, "the queue is empty", 60)
-    wait_until(lambda: all(run["state"] == "succeeded" for run in up.runs()), "all have succeeded", 60)
-    runs = up.runs()
-    assert max(Counter(run["event_id"] for run in runs).values()) == 1
-    outputs = Counter(json.loads(up.ask("runs", "show", run["id"], "--json"))["output"][0] for run in runs[:20])
-    assert all(key in expected for key in outputs)
-    assert len(runs) == expected.total()
+    assert noted() == expected
+    assert len(up.runs()) == 240
     assert up.stop() == 0
