@@ -12,7 +12,7 @@ from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, p
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
 from orchestrator.errors import InputError, NotFoundError, unknown
-from orchestrator.events import Event, foreign_fault
+from orchestrator.events import Event, foreign_fault, replay_of
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import run_id
 from orchestrator.workflows import Workflow
@@ -61,6 +61,19 @@ def read_event(body: object) -> Event:
     if fault:
         raise InputError(fault)
     return event if "source" in body else Event.from_json(said | {"source": OWN_SOURCE})
+
+
+def replay_event(engine: Engine, event: str) -> Event:
+    """Have an event dealt with anew, by its id or key, and return what is on the bus now.
+
+    Raises NotFoundError, InputError, UnavailableError.
+    """
+    found = engine.events.get(event)["event"]
+    if found is None:
+        raise InputError(f"the data of event {event!r} is gone; it cannot be replayed")
+    again = replay_of(Event.from_json(found), uuid.uuid4().hex[:8])
+    engine.bus.publish([again])
+    return again
 
 
 def cancel_runs(engine: Engine, runs: Sequence[str]) -> list[dict[str, Any]]:

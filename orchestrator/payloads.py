@@ -44,6 +44,9 @@ class BlobStore(Protocol):
     def get(self, key: str) -> bytes:
         """Return the content. Raises BlobNotFound."""
 
+    def size(self, key: str) -> int:
+        """Return how many bytes a blob has; 0 if there is none."""
+
     def delete(self, prefix: str) -> None:
         """Delete every blob below a prefix; none there is fine."""
 
@@ -79,6 +82,12 @@ class FileBlobs:
             return self._path(key).read_bytes()
         except FileNotFoundError as exc:
             raise BlobNotFound(f"blob {key} is not in {self._root}") from exc
+
+    def size(self, key: str) -> int:
+        try:
+            return self._path(key).stat().st_size
+        except OSError:
+            return 0
 
     def delete(self, prefix: str) -> None:
         shutil.rmtree(self._path(prefix), ignore_errors=True)
@@ -170,6 +179,10 @@ class Payloads:
             return json.loads(text)
         except ValueError as exc:
             raise PayloadError(f"a stored value is not JSON: {exc}") from exc
+
+    def size(self, payload: str) -> int:
+        """Return about how many bytes the value of a payload has; 0 if its blob is lost."""
+        return self._blobs.size(payload[1:]) if payload[:1] == "@" else len(payload)
 
     def unpack_or_none(self, payload: str) -> Any:
         """Do as `unpack`; None if its blob is lost: the rest is still to be seen."""

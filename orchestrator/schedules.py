@@ -22,7 +22,7 @@ from orchestrator.events import PRIORITY, SCHEDULE_DUE, Event
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import unavailable
 from orchestrator.recurrence import Due, OnSchedule, dues, last_due, parse_moment, recurrence_digest, utc_text
-from orchestrator.runs import run_id
+from orchestrator.runs import rfc3339, run_id
 from orchestrator.subscriptions import on_from_json, on_to_json, schedule_name, schedule_source
 from orchestrator.workflows import Workflow
 
@@ -137,9 +137,9 @@ class Backfill:
         """Return it as it is shown to people."""
         return {
             "id": self.id, "schedule": self.name, "workflow": self.workflow, "from": text_of(self.start),
-            "to": text_of(self.end), "max_parallel": self.max_parallel, "created_at": text_of(self.created),
+            "to": text_of(self.end), "max_parallel": self.max_parallel, "created_at": rfc3339(self.created // 1000),
             "released": self.released, "known": self.known, "in_flight": len(self.in_flight),
-            "finished_at": text_of(self.finished) if self.finished else None,
+            "finished_at": rfc3339(self.finished // 1000) if self.finished else None,
         }  # fmt: skip
 
 

@@ -51,10 +51,11 @@ def _check(on: OnS3) -> Finding:
         told = client.get_bucket_notification_configuration(Bucket=on.bucket)
     except store_errors() as exc:
         return Finding(name, False, f"does not say whether it notifies: {describe_error(exc)}")
-    return Finding(name, *_verdict(on, arn, told))
+    return Finding(name, *verdict_on(on, arn, told))
 
 
-def _verdict(on: OnS3, arn: str, told: Mapping[str, Any]) -> tuple[bool, str]:
+def verdict_on(on: OnS3, arn: str, told: Mapping[str, Any]) -> tuple[bool, str]:
+    """Say whether a bucket with this notification configuration tells an entry's queue (ARN) what the entry needs."""
     missing = [_KINDS[event] for event in on.events]
     for configuration in told.get("QueueConfigurations", []):
         if configuration.get("QueueArn") == arn and _covers(configuration, on):

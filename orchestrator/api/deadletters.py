@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
@@ -15,10 +19,14 @@ from orchestrator.api.gate import needs
 from orchestrator.api.place import After, Limit, Place, first_or_after, page, router, says, seconds
 from orchestrator.deadletters import DeadLetter
 from orchestrator.errors import InputError, NotFoundError
-from orchestrator.redrive import Options, Redrive
+from orchestrator.redrive import Options, Redrive, Summary
 from orchestrator.tokens import Scope
 
 _LONGEST_S = 300.0
+#: So many at a time: each may take long, and holds a thread.
+_REDRIVES = 4
+
+_Result = TypeVar("_Result")
 
 
 class Chosen(Asked):
@@ -46,6 +54,7 @@ class RedriveAsked(Chosen):
 def make_router(place: Place) -> APIRouter:
     routes = router()
     engine, letters = place.engine, place.engine.dead_letters
+    redrives = threading.BoundedSemaphore(_REDRIVES)
 
     def choose(asked: Chosen, request: Request) -> list[DeadLetter]:
         which = {name: getattr(asked, name) for name in ("workflow", "step", "reason", "fingerprint", "since", "run")}
@@ -105,22 +114,22 @@ def make_router(place: Place) -> APIRouter:
 
     @routes.post("/dead-letters/redrive", **says(shapes.Redriven, changes=True), openapi_extra=schema_of(RedriveAsked))
     @needs(Scope.RUN)
-    def redrive_dead_letters(request: Request, body: Body) -> Json:
+    async def redrive_dead_letters(request: Request, body: Body) -> Json:
         """Send dead letters back: steps go on in their runs. Answers when they are sent and the canaries have ended."""
-        asked = read_body(body, RedriveAsked)
-        options = Options(
-            mended=asked.input,
-            rate=operations.parse_rate(asked.rate),
-            canary=asked.canary,
-            timeout_s=seconds("timeout", asked.timeout, _LONGEST_S),
-        )
-        chosen = choose(asked, request)
-        if not place.redrives.acquire(blocking=False):
+
+        def work() -> Summary:
+            asked = read_body(body, RedriveAsked)
+            options = Options(
+                mended=asked.input,
+                rate=operations.parse_rate(asked.rate),
+                canary=asked.canary,
+                timeout_s=seconds("timeout", asked.timeout, _LONGEST_S),
+            )
+            return Redrive(engine, letters, options).run(choose(asked, request))
+
+        if not redrives.acquire(blocking=False):
             raise Refusal(503, "as many redrives as may be are at work here; try again when one has ended")
-        try:
-            summary = Redrive(engine, letters, options).run(chosen)
-        finally:
-            place.redrives.release()
+        summary = await _in_a_thread_of_its_own(work, redrives.release)
         request.state.entry.add(sent=len(summary.sent), skipped=len(summary.skipped), left=len(summary.left))
         return Json(summary.to_json())
 
@@ -134,3 +143,31 @@ def make_router(place: Place) -> APIRouter:
         return Json({"discarded": count})
 
     return routes
+
+
+async def _in_a_thread_of_its_own(work: Callable[[], _Result], done: Callable[[], None]) -> _Result:
+    """Answer what `work` answers; unlike that of a thread pool, its thread does not hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def settle(result: _Result | None, fault: Exception | None) -> None:
+        if future.done():
+            return
+        if fault is not None:
+            future.set_exception(fault)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # it is one if there is no fault
+
+    def run() -> None:
+        result, fault = None, None
+        try:
+            result = work()
+        except Exception as exc:  # noqa: BLE001 -- it is raised to who waits
+            fault = exc
+        finally:
+            done()
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, fault)
+
+    threading.Thread(target=run, name="redrive", daemon=True).start()
+    return await future

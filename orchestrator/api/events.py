@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-from urllib.parse import quote
+from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator import operations
@@ -15,12 +14,16 @@ from orchestrator.api.bodies import Body, read_json, schema_of
 from orchestrator.api.gate import needs
 from orchestrator.api.place import ROOT, After, Limit, Place, first_or_after, page, router, says
 from orchestrator.errors import InputError, NotFoundError
+from orchestrator.eventlog import VERDICTS
+from orchestrator.events import Event
 from orchestrator.tokens import Scope
 
 #: As many events come in one batch at most.
 _BATCH = 1000
 _BATCH_TYPE = "application/cloudevents-batch+json"
 
+Verdict = Literal["started", "refused", "no_match", "loop"]
+assert set(get_args(Verdict)) == set(VERDICTS)
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -49,16 +52,36 @@ def make_router(place: Place) -> APIRouter:
     events, bus = place.engine.events, place.engine.bus
 
     @routes.get("/events", **says(shapes.EventRecords))
-    def list_events(limit: Limit = 50, after: After = None) -> Json:
+    def list_events(
+        verdict: Annotated[Verdict | None, Query(description="Only those that came to this.")] = None,
+        type: Annotated[str | None, Query(description="Only events of this type.")] = None,  # noqa: A002
+        limit: Limit = 50,
+        after: After = None,
+    ) -> Json:
         """List events, newest first, with what came of them."""
         try:
-            return page(*events.page(limit=limit, after=after))
+            return page(*events.page(limit=limit, after=after, verdict=verdict, type_=type))
         except NotFoundError as exc:
             raise first_or_after(after, exc) from exc
 
+    # An id may have slashes in it; one that ends as the addresses below do has its event found by its key.
+
+    @routes.get("/events/{event:path}/explain", **says(shapes.EventRecord))
+    def explain_event(event: str) -> Json:
+        """Say why an event started what it did and nothing else: the verdict of every workflow, and its reason."""
+        return Json(events.explain(event))
+
+    @routes.post("/events/{event:path}/replay", **says(shapes.Event, status=202, changes=True))
+    @needs(Scope.RUN)
+    def replay_event(event: str, request: Request) -> Json:
+        """Have an event dealt with anew, by the definitions in force now: it starts new runs."""
+        again = operations.replay_event(place.engine, event)
+        request.state.entry.add(event=again.id)
+        return _accepted(again)
+
     @routes.get("/events/{event:path}", **says(shapes.EventRecord))
     def show_event(event: str) -> Json:
-        """Show an event, by its id or key, and the verdict of every workflow on it."""
+        """Show an event, by its id or key, and the runs that it started."""
         return Json(events.get(event))
 
     @routes.post(
@@ -78,9 +101,12 @@ def make_router(place: Place) -> APIRouter:
         found = [operations.read_event(one) for one in (value if is_batch else [value])]
         request.state.entry.note(events=[event.id for event in found], types=sorted({event.type for event in found}))
         bus.publish(found)
-        bodies = [event.to_json() for event in found]
         if is_batch:
-            return Json({"items": bodies, "next": None}, status_code=202)
-        return Json(bodies[0], status_code=202, headers={"Location": f"{ROOT}/events/{quote(found[0].key)}"})
+            return Json({"items": [event.to_json() for event in found], "next": None}, status_code=202)
+        return _accepted(found[0])
 
     return routes
+
+
+def _accepted(event: Event) -> Json:
+    return Json(event.to_json(), status_code=202, headers={"Location": f"{ROOT}/events/{event.key}"})

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -42,8 +41,6 @@ class Place:
 
     engine: Engine
     queries: Queries
-    #: Redrives take their time, and each holds a thread.
-    redrives: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(4))
 
 
 def router() -> APIRouter:

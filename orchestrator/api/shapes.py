@@ -141,14 +141,40 @@ class Event(BaseModel):
     time: str
 
 
+class Verdict(BaseModel):
+    """What an event was to a workflow."""
+
+    verdict: str
+    run: str | None
+    reason: str | None
+
+
 class EventRecord(BaseModel):
+    key: str = Field(description="By which it is found where its id is not enough.")
     event: Event | None
     accepted_at: str
-    verdicts: dict[str, Any]
+    verdict: str = Field(description="The best of its verdicts: started, refused, no_match; or loop.")
+    duplicates: int = Field(description="How often it came again.")
+    duplicate_at: str | None
+    verdicts: dict[str, Verdict]
 
 
 class EventRecords(Page):
     items: list[EventRecord]
+
+
+class WorkflowEvent(Verdict):
+    key: str
+    event_id: str | None
+    type: str | None
+    source: str | None
+    subject: str | None
+    accepted_at: str
+    duplicates: int
+
+
+class WorkflowEvents(Page):
+    items: list[WorkflowEvent]
 
 
 class Events(Page):
@@ -227,7 +253,8 @@ class Schedule(BaseModel):
     spec: dict[str, Any]
     paused: bool
     last_due_at: str | None
-    next_due_at: list[str]
+    next_due_at: list[str] = Field(description="The next five times.")
+    backfills: list[dict[str, Any]] | None = None
 
 
 class Schedules(Page):
@@ -235,4 +262,13 @@ class Schedules(Page):
 
 
 class Backfill(BaseModel):
-    """What a backfill comes to."""
+    """A backfill, or with `dry_run` what it would be: how many times are `due`, `known` to have run, `to_run`."""
+
+    schedule: str
+    workflow: str
+    max_parallel: int
+
+
+class BackfillsCancelled(BaseModel):
+    schedule: str
+    cancelled: int

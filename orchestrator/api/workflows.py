@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
+from redis import RedisError
 from starlette.concurrency import run_in_threadpool
 
 from orchestrator import canvas, drawing, operations
@@ -14,8 +16,10 @@ from orchestrator.api import shapes
 from orchestrator.api.answers import Json
 from orchestrator.api.bodies import Asked, Body, read_body, schema_of
 from orchestrator.api.gate import needs
-from orchestrator.api.place import LONGEST_WAIT_S, ROOT, Place, Wait, page, router, says, seconds
+from orchestrator.api.place import LONGEST_WAIT_S, ROOT, Limit, Place, Wait, page, router, says, seconds
 from orchestrator.api.runs import wait_for
+from orchestrator.deadletters import parse_since
+from orchestrator.errors import UnavailableError
 from orchestrator.plan import Plan
 from orchestrator.tokens import Scope
 
@@ -60,6 +64,16 @@ def make_router(place: Place) -> APIRouter:
         plan = Plan.of(operations.workflow_in_force(engine, workflow))
         return page(({"when": when, "canvas": repr(built)} for when, built in canvas.build(engine.app, plan)), None)
 
+    @routes.get("/workflows/{workflow}/events", **says(shapes.WorkflowEvents))
+    def explain_workflow(
+        workflow: str,
+        since: Annotated[str, Query(description="How far back, as 1h, or a time with its zone.")] = "1h",
+        limit: Limit = 50,
+    ) -> Json:
+        """Say what each event of late was to a workflow, newest first: the run that it started, or why none."""
+        since_ms = parse_since(since, engine.ledger.now_ms())
+        return page(engine.events.explain_workflow(workflow, since_ms=since_ms, limit=limit), None)
+
     @routes.post(
         "/workflows/{workflow}/runs",
         **says(shapes.Started, status=202, changes=True, also={200: shapes.Run}),
@@ -77,8 +91,9 @@ def make_router(place: Place) -> APIRouter:
 
         run, event_id = await run_in_threadpool(start)
         request.state.entry.add(run=run)
-        if wait_s and await wait_for(engine, run, wait_s, request):
-            return Json(await run_in_threadpool(lambda: place.queries.run(run).to_json()))
+        with suppress(UnavailableError, RedisError):  # it is asked for, whatever can be seen of it now
+            if wait_s and await wait_for(engine, run, wait_s, request):
+                return Json(await run_in_threadpool(lambda: place.queries.run(run).to_json()))
         started = {"id": run, "workflow": workflow, "event_id": event_id}
         return Json(started, status_code=202, headers={"Location": f"{ROOT}/runs/{run}"})
 

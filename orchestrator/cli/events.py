@@ -136,14 +136,10 @@ def events_replay(
     event_id: str, project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
 ) -> None:
     """Have an event dealt with anew, by the definitions in force now: it starts new runs."""
-    from orchestrator.events import Event, replay_of
+    from orchestrator.operations import replay_event
 
     with engine_of(settings_of(project, data_dir)) as engine:
-        found = engine.events.get(event_id)["event"]
-        if found is None:
-            raise InputError(f"the data of event {event_id!r} is gone; it cannot be replayed")
-        event = replay_of(Event.from_json(found), uuid.uuid4().hex[:8])
-        engine.bus.publish([event])
+        event = replay_event(engine, event_id)
     if as_json:
         print_json(event.to_json())
     else:

@@ -8,6 +8,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | key | field | value |
 |---|---|---|
 | run | workflow state episode plan event event_id input output error parent fence cleared | |
+| | priority | high or low; absent: normal |
 | | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
 | | hooks | whether there are steps of on_failure or finally |
 | | bad hook_failed | a step, a hook, that failed or was cancelled |

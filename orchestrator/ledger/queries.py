@@ -19,6 +19,8 @@ from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
 from orchestrator.workflows import END
 
 _PAGE = 200
+#: A page of runs ends early when their inputs and outputs come to more than this.
+_PAGE_BYTES = 16 * 1024 * 1024
 _INDEX = re.compile(r"\d{1,9}\Z", re.ASCII)
 
 
@@ -46,33 +48,39 @@ class Queries:
     ) -> tuple[list[Run], str | None]:
         """Return runs without their steps, and the cursor of the next page."""
         found: list[Run] = []
-        for run, fields in self._newest(keys.RUNS, after, lambda ids: self._many(ids)):
-            if not fields or (workflow and fields["workflow"] != workflow) or (state and fields["state"] != state):
-                continue
-            if len(found) == limit:
-                return found, found[-1].id
-            found.append(self._run(run, fields, ()))
+        size = 0
+        for ids in self._newest(keys.RUNS, after, _PAGE if workflow or state else min(_PAGE, limit + 1)):
+            heads = zip(ids, self._many(ids, "workflow", "state"), strict=True)
+            wanted = [run for run, (name, at) in heads if at and workflow in (None, name) and state in (None, at)]
+            for run, fields in zip(wanted, self._many(wanted), strict=True):
+                if len(found) == limit or size > _PAGE_BYTES:
+                    return found, found[-1].id
+                if fields:
+                    found.append(self._run(run, fields, ()))
+                    size += self._payloads.size(fields.get("input", "")) + self._payloads.size(fields.get("output", ""))
         return found, None
 
-    def _many(self, runs: Sequence[str]) -> list[dict[str, str]]:
+    def _many(self, runs: Sequence[str], *names: str) -> list[Any]:
+        """Read many runs: their fields, or only the values of those named."""
         with self._client.pipeline(transaction=False) as pipe:
             for run in runs:
-                pipe.hgetall(keys.run_key(run, "run"))
-            rows: list[dict[str, str]] = pipe.execute()
+                if names:
+                    pipe.hmget(keys.run_key(run, "run"), names)
+                else:
+                    pipe.hgetall(keys.run_key(run, "run"))
+            rows: list[Any] = pipe.execute()
         return rows
 
-    def _newest(self, index: str, after: str | None, fetch: Any) -> Iterator[tuple[str, Any]]:
+    def _newest(self, index: str, after: str | None, size: int) -> Iterator[list[str]]:
+        """Give the ids on an index, newest first, in pages."""
         start = 0
         if after is not None:
             rank = self._client.zrevrank(index, after)
             if rank is None:
                 raise NotFoundError(f"--after {after}: no such cursor; begin without it")
             start = int(rank) + 1
-        while True:
-            ids = [str(i) for i in self._client.zrange(index, start, start + _PAGE - 1, desc=True)]
-            if not ids:
-                return
-            yield from zip(ids, fetch(ids), strict=True)
+        while ids := [str(one) for one in self._client.zrange(index, start, start + size - 1, desc=True)]:
+            yield ids
             start += len(ids)
 
     def _run(self, run: str, fields: dict[str, str], steps: tuple[StepRun, ...]) -> Run:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
-import uvicorn
 
 from orchestrator.api import check_exposure, make_app, make_health
 from orchestrator.audit import Audit
-from orchestrator.bus import EventBus
 from orchestrator.celery_app import EVENT_QUEUE
+from orchestrator.cli.http_server import HttpServer
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import InputError, NotFoundError, SettingsError
@@ -28,6 +26,7 @@ from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
 from orchestrator.runs import run_id
 from orchestrator.settings import Settings
+from orchestrator.subscriptions import OnEvent
 from orchestrator.tokens import Scope, Tokens
 from orchestrator.workflows import Param, Step, Workflow
 from tests.conftest import Server, capture_logs, wait_until
@@ -37,24 +36,19 @@ NOW_MS = 1_700_000_000_000
 
 
 class Served:
-    """An ASGI application on a real port."""
+    """An ASGI application on a real port, served as the gateway does it."""
 
     def __init__(self, app: Any) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, proxy_headers=False)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([self._listener],), name="served")
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._server = HttpServer("served", app, listener)
 
     def __enter__(self) -> Served:
-        self._thread.start()
-        wait_until(lambda: self._server.started, "the server listens")
+        self._server.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
-        self._listener.close()
+        self._server.stop()
 
 
 @pytest.fixture
@@ -71,7 +65,7 @@ def workflow(name: str = "w", **options: Any) -> Workflow:
 
 
 def put_in_force(engine: Engine, *workflows: Workflow) -> Dispatcher:
-    dispatcher = Dispatcher(engine, EventBus(engine.app))
+    dispatcher = Dispatcher(engine)
     dispatcher.apply(workflows or [workflow()])
     return dispatcher
 
@@ -315,6 +309,27 @@ def test_an_event_is_found_by_any_id(api: httpx.Client, engine: Engine) -> None:
         assert shown.json()["event"]["id"] == event.id
         assert shown.json()["event"]["data"] == {"half": "\ud800"}
     assert len(api.get("/events").json()["items"]) == 6
+
+
+def test_it_says_why_an_event_started_what_it_did_and_deals_with_it_anew(api: httpx.Client, engine: Engine) -> None:
+    dispatcher = put_in_force(engine, workflow("asks", on=(OnEvent(pattern={"type": ["t"]}),)), workflow("other"))
+    event = Event(id="a/b", source="s", type="t", time="2026-01-01T00:00:00Z", data={})
+    dispatcher.dispatch(event)
+    explained = api.get("/events/a%2Fb/explain").json()
+    assert explained["verdicts"]["asks"]["verdict"] == "started"
+    assert (explained["verdicts"]["other"]["verdict"], explained["key"]) == ("no_match", event.key)
+    (one,) = api.get("/workflows/other/events", params={"since": "1h"}).json()["items"]
+    assert (one["event_id"], one["verdict"]) == ("a/b", "no_match")
+    is_problem(api.get("/workflows/other/events", params={"since": "yesterday"}), 422)
+    is_problem(api.get("/events/nothing/explain"), 404)
+    is_problem(api.post("/events/nothing/replay"), 404)
+    again = api.post("/events/a/b/replay")
+    assert again.status_code == 202
+    assert again.json()["causationid"] == "a/b"
+    assert engine.ledger.client.llen(EVENT_QUEUE) == 1
+    for verdict, count in (("started", 1), ("no_match", 0)):
+        assert len(api.get("/events", params={"verdict": verdict}).json()["items"]) == count
+    is_problem(api.get("/events", params={"verdict": "odd"}), 422)
 
 
 def test_items_of_a_fan_out_have_number_cursors_alone(place: Place) -> None:

@@ -407,7 +407,7 @@ class Runs:
 
     def __init__(self, place: Place, *workflows: Workflow) -> None:
         self._place = place
-        self._dispatcher = Dispatcher(place.engine, place.bus)
+        self._dispatcher = Dispatcher(place.engine)
         self._dispatcher.apply(workflows)
         self.queries = Queries(place.engine.ledger, place.engine.payloads)
 

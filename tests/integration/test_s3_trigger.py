@@ -20,7 +20,7 @@ from orchestrator.workflows import Step, Workflow
 from tests.conftest import capture_logs, wait_until
 from tests.moto import CREDENTIALS, Gate, Moto, arn
 from triggers import listing, notified
-from triggers.bucket_checks import check_buckets
+from triggers.bucket_checks import check_buckets, verdict_on
 from triggers.s3 import s3_triggers
 from triggers.supervisor import TriggerSupervisor
 
@@ -586,10 +586,22 @@ def test_doctor_says_when_a_bucket_does_not_notify(notifying: Place, moto: Moto)
     assert "s3:ObjectRemoved:*" in check(prefix="in/", events=("created", "removed"))[1]
     configure(QueueConfigurations=[to_queue("", "s3:ObjectCreated:Put")])
     assert not check()[0]  # an upload in parts would not be told
-    configure(EventBridgeConfiguration={})
-    assert "tells EventBridge" in check()[1]
     configure()
     assert not check()[0]
     assert "cannot be used" in check(queue="no-such-queue")[1]
     assert "cannot be listed" in check(bucket="no-such-bucket")[1]
     assert "cannot be listed" in check(endpoint_url="http://127.0.0.1:9")[1]
+
+
+def test_doctor_cannot_see_beyond_eventbridge_and_topics() -> None:
+    """By itself, for moto's answers leave EventBridge out."""
+    on = OnS3(bucket="bucket", queue="q", prefix="in/")
+    ok, detail = verdict_on(on, arn("q"), {"EventBridgeConfiguration": {}})
+    assert ok
+    assert "tells EventBridge; whether" in detail
+    topic = {"TopicArn": "arn:aws:sns:us-east-1:1:t", "Events": ["s3:ObjectCreated:*"]}
+    ok, detail = verdict_on(on, arn("q"), {"TopicConfigurations": [topic]})
+    assert ok
+    assert "tells arn:aws:sns:us-east-1:1:t; whether" in detail
+    other = {"Filter": {"Key": {"FilterRules": [{"Name": "Prefix", "Value": "out/"}]}}}
+    assert not verdict_on(on, arn("q"), {"TopicConfigurations": [topic | other]})[0]
