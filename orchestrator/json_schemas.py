@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from orchestrator.errors import one_line
@@ -44,7 +45,8 @@ def checker(schema: Mapping[str, Any]) -> Callable[[object], str | None]:
 
     def check(value: object) -> str | None:
         try:
-            error = jsonschema.exceptions.best_match(validator.iter_errors(value))
+            # The first, for there may be as many as a stranger likes; of alternatives the nearest.
+            error = jsonschema.exceptions.best_match(islice(validator.iter_errors(value), 1))
         except RecursionError:
             return "it is nested too deeply"
         if error is None:

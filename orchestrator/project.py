@@ -260,8 +260,10 @@ class _Loading:
         reference = named.get(reference, reference)
         try:
             reason = secret_fault(scheme, read_secret(reference))
-        except (SettingsError, ValueError) as exc:  # the second: it is not text, and the message would quote it
-            return str(exc) if isinstance(exc, SettingsError) else f"secret {reference}: is not text"
+        except SettingsError as exc:
+            return str(exc)
+        except (ValueError, RuntimeError):  # no text, no path; the message would quote it
+            return f"secret {reference}: is not text"
         return None if reason is None else f"secret {reference}: {reason}"
 
     def _check_task(self, step: Step, file: str, definition: Definition, fault: Callable[..., None]) -> Step:

@@ -26,6 +26,10 @@ _ID_CHARACTERS = 512
 _QUERY_FIELDS = 200
 _ATTRIBUTE = re.compile(r"[a-z0-9]{1,50}\Z")
 _JSON_TYPE = re.compile(r"application/json\Z|[^/]+/[^/]+\+json\Z")
+#: A text that has no end reaches to the end: else it would be looked for again from each quote in it.
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _CORE = ("specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "data")
 
 
@@ -66,7 +70,7 @@ def joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 def read_json(body: bytes) -> Any:
     """Return the value of a text in JSON. Raises NotJsonError."""
-    if body.count(b"[") + body.count(b"{") > LEVELS and _levels(body) > LEVELS:
+    if body.count(b"[") + body.count(b"{") > LEVELS and _is_deep(body):
         raise NotJsonError(f"it is nested more than {LEVELS} levels deep")
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
@@ -81,17 +85,15 @@ def read_json(body: bytes) -> Any:
     return value
 
 
-def _levels(body: bytes) -> int:
-    """Return how deep lists and objects are nested at most, whatever stands in texts."""
-    deepest = level = 0
-    for found in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', body, re.DOTALL):
-        match found[0]:
-            case b"[" | b"{":
-                level += 1
-                deepest = max(deepest, level)
-            case b"]" | b"}":
-                level -= 1
-    return deepest
+def _is_deep(body: bytes) -> bool:
+    """Tell whether lists and objects are nested deeper than LEVELS, if they are balanced; texts do not count."""
+    left = _TEXT.sub(b"", body).translate(_BRACKETS, _NO_BRACKETS)
+    for _ in range(LEVELS):
+        inner = left.replace(b"[]", b"")  # takes the innermost level away
+        if len(inner) == len(left):
+            return False
+        left = inner
+    return bool(left)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -36,8 +36,10 @@ class Secrets:
             try:
                 value = read_secret(reference)
                 fault = secret_fault(self._scheme, value)
-            except (SettingsError, ValueError) as exc:  # not text; its message would quote it
-                fault = str(exc) if isinstance(exc, SettingsError) else "is not text"
+            except SettingsError as exc:
+                fault = str(exc)
+            except (ValueError, RuntimeError):  # no text, no path; the message would quote it
+                fault = f"secret {reference}: is not text"
             if fault is None:
                 self._values[reference] = value
                 self._outages[reference].ends()

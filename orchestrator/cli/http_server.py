@@ -35,6 +35,8 @@ BODY_S = 10.0
 BODY_BYTES_PER_S = 16 * 1024
 #: Connections at a time, unless the process may not have that many files.
 CONNECTIONS = 1000
+#: Requests that may come on a connection before the first is answered.
+_PIPELINED = 16
 #: How long a peer may leave what we have sent unread.
 _UNREAD_S = 30.0
 #: What is still read of a body that nobody wants, for its sender to get the answer: else the connection is reset.
@@ -65,6 +67,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._ends = False
         self._awaits_headers = True
         self._since_progress = 0
         self._header_bytes = 0
@@ -81,13 +84,13 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._ends or self.transport.is_closing():
             return
         if self._awaits_headers and self._slow is None:
             self._slow = self.loop.call_later(HEADERS_S, self._give_up)
         self._since_progress += len(data)
         super().data_received(data)
-        if self._since_progress > 2 * HEADER_BYTES and not self.transport.is_closing():
+        if self._since_progress > 2 * HEADER_BYTES:
             # Of headers, of chunks' extensions, of trailers: no callback tells of these before they are whole.
             self._end(431, f"the headers are larger than {HEADER_BYTES} bytes")
 
@@ -119,6 +122,8 @@ class Connection(HttpToolsProtocol):
             super().on_headers_complete()
         finally:
             self.app = app
+        if len(self.pipeline) > _PIPELINED:
+            raise ValueError("requests before answers")  # which the parser makes a 400 of
 
     def on_body(self, body: bytes) -> None:
         self._since_progress = 0
@@ -149,15 +154,25 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._end(408, f"the headers did not come within {HEADERS_S:g} s")
 
+    def send_400_response(self, msg: str) -> None:
+        self._end(400, "this is not HTTP as it is spoken here")
+
     def _end(self, status: int, detail: str, more: bytes = b"") -> None:
-        """Answer, unless an answer is under way, and close."""
-        if self.cycle is None or self.cycle.response_complete:
-            _, message = problem(status, detail)
-            phrase = HTTPStatus(status).phrase.encode()
-            head = b"HTTP/1.1 %d %s\r\ncontent-type: application/problem+json\r\n" % (status, phrase)
-            length = b"content-length: %d\r\nconnection: close\r\n" % len(message["body"])
-            self.transport.write(b"".join([head, length, more, b"\r\n", message["body"]]))
-        self.transport.close()
+        """Answer, unless an answer is under way, and close; a peer who is still sending may read the answer first."""
+        if self._ends or self.transport.is_closing():
+            return
+        self._ends = True
+        self._in_time()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()
+            return
+        _, message = problem(status, detail)
+        phrase = HTTPStatus(status).phrase.encode()
+        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/problem+json\r\n" % (status, phrase)
+        length = b"content-length: %d\r\nconnection: close\r\n" % len(message["body"])
+        self.transport.write(b"".join([head, length, more, b"\r\n", message["body"]]))
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 class _SlowBodyError(Exception):

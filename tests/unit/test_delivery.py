@@ -51,6 +51,15 @@ def test_levels_in_texts_do_not_count() -> None:
         read_json(b'{"a":' * 101 + b"1" + b"}" * 101)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("piece", [b'\\"', b'"', b'"\\', b"\\", b'"[', b'["', b"{", b'{"a":', b"[[]", b"\\u0", b"1e9,"])
+def test_no_text_takes_long_to_be_refused(piece: bytes) -> None:
+    """What takes more than linear time for 3 MB takes minutes."""
+    for start in (b"", b'"', b"[" * 101, b"[" * 101 + b'"'):
+        with pytest.raises(NotJsonError):
+            read_json(start + piece * (3_000_000 // len(piece)))
+
+
 def test_other_bodies_are_text_or_base64() -> None:
     assert _data(_delivery(b"a=1&b=2", "application/x-www-form-urlencoded"))["body"] == "a=1&b=2"
     binary = _data(_delivery(b"\xff\x00", "application/octet-stream"))
