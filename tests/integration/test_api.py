@@ -203,6 +203,40 @@ def test_dead_letters_are_listed_grouped_shown_and_discarded(api: httpx.Client, 
     assert (entry["action"], entry["about"]) == ("discard_dead_letters", {"all": True, "discarded": 2})
 
 
+def test_steps_that_have_failed_are_sent_back_with_a_canary_first(place: Place) -> None:
+    failing = Workflow(name="lettered", steps=(Step(id="f", task="tasks:fail"),))
+    runs = [place.start(failing) for _ in range(2)]
+    for run in runs:
+        place.end(run)
+    with Served(make_app(place.engine)) as served, httpx.Client(base_url=f"{served.url}/api/v1", timeout=30) as api:
+        asked = {"workflow": "lettered", "canary": 1, "rate": "100/s"}
+        done = api.post("/dead-letters/redrive", json=asked).json()
+        assert len(done["sent"]) == len(done["left"]) == 1
+        assert "came back" in done["stopped"]
+        for odd in ("0.0000001/s", "fast", "-1", "1e9", "0"):
+            is_problem(api.post("/dead-letters/redrive", json=asked | {"rate": odd}), 422)
+        is_problem(api.post("/dead-letters/redrive", json=asked | {"timeout": "9h"}), 422)
+        is_problem(api.post("/dead-letters/redrive", json=asked | {"reason": "odd"}), 422)
+        is_problem(api.post("/dead-letters/redrive", json=asked | {"sinse": "2h"}), 422)
+
+
+def test_a_page_of_runs_ends_early_when_their_values_are_large(api: httpx.Client, engine: Engine) -> None:
+    put_in_force(engine)
+    plan = engine.plan(engine.ledger.workflow_plan("w"))
+    large = {"n": "x" * 9_000_000}
+    for n in range(5):
+        engine.start(f"r{n}", plan, event={"id": f"e{n}"}, params=large)
+    seen: list[str] = []
+    page = api.get("/runs").json()
+    while True:
+        assert 0 < len(page["items"]) <= 3
+        seen += [one["id"] for one in page["items"]]
+        if page["next"] is None:
+            break
+        page = api.get("/runs", params={"after": page["next"]}).json()
+    assert sorted(seen) == [f"r{n}" for n in range(5)]
+
+
 def test_workflows_in_force_are_listed_shown_drawn_and_built(api: httpx.Client, engine: Engine) -> None:
     put_in_force(engine, workflow(), workflow("other"))
     assert [one["name"] for one in api.get("/workflows").json()["items"]] == ["other", "w"]
