@@ -22,35 +22,38 @@ from orchestrator.plan import Plan, parts
 QUEUED_AT = "queued_at"
 
 
-def link(app: Celery, plan: Plan, run: str, step: str) -> Signature:
+def link(app: Celery, plan: Plan, run: str, step: str, priority: str = "normal") -> Signature:
     """Return the signature of one link."""
-    return _signature(app, plan, step, (run, step))
+    return _signature(app, plan, step, (run, step), priority)
 
 
-def header_part(app: Celery, plan: Plan, run: str, step: str, lo: int, hi: int) -> Signature:
+def header_part(app: Celery, plan: Plan, run: str, step: str, lo: int, hi: int, priority: str = "normal") -> Signature:
     """Return the signature of the items lo to hi-1 of a fan-out."""
-    return _signature(app, plan, step, (run, step, lo, hi))
+    return _signature(app, plan, step, (run, step, lo, hi), priority)
 
 
-def _signature(app: Celery, plan: Plan, step: str, ids: tuple[str | int, ...]) -> Signature:
-    return app.signature(STEP_TASK, args=ids, immutable=True, queue=queue_name(plan.pool(step)), ignore_result=True)
+def _signature(app: Celery, plan: Plan, step: str, ids: tuple[str | int, ...], priority: str) -> Signature:
+    queue = queue_name(plan.pool(step), priority)
+    return app.signature(STEP_TASK, args=ids, immutable=True, queue=queue, ignore_result=True)
 
 
-def path(app: Celery, plan: Plan, run: str, step: str) -> Signature:
+def path(app: Celery, plan: Plan, run: str, step: str, priority: str = "normal") -> Signature:
     """Return the chain of the links that begin at `step`; a lone link is no chain."""
-    links = [link(app, plan, run, step_id) for step_id in plan.path(step)]
+    links = [link(app, plan, run, step_id, priority) for step_id in plan.path(step)]
     return links[0] if len(links) == 1 else chain(*links, app=app)
 
 
-def fan_out(app: Celery, plan: Plan, run: str, step: str, ranges: Iterable[tuple[int, int]]) -> Signature:
+def fan_out(
+    app: Celery, plan: Plan, run: str, step: str, ranges: Iterable[tuple[int, int]], priority: str = "normal"
+) -> Signature:
     """Return the chord of a fan-out: its header parts, and as body what follows its end."""
-    header = [header_part(app, plan, run, step, lo, hi) for lo, hi in ranges]
+    header = [header_part(app, plan, run, step, lo, hi, priority) for lo, hi in ranges]
     below = plan.downstream[step]
-    body = _together(app, [path(app, plan, run, step_id) for step_id in below]) if below else None
+    body = _together(app, [path(app, plan, run, step_id, priority) for step_id in below]) if below else None
     return chord(header, body, app=app) if body is not None else group(header, app=app)
 
 
-def ready(app: Celery, plan: Plan, run: str, units: Sequence[str]) -> Signature:
+def ready(app: Celery, plan: Plan, run: str, units: Sequence[str], priority: str = "normal") -> Signature:
     """Return the canvas of units that have become ready: links by path, header parts by fan-out."""
     paths = []
     ranges: dict[str, list[tuple[int, int]]] = {}
@@ -60,8 +63,9 @@ def ready(app: Celery, plan: Plan, run: str, units: Sequence[str]) -> Signature:
             lo, _, hi = span.partition("-")
             ranges.setdefault(step, []).append((int(lo), int(hi)))
         else:
-            paths.append(path(app, plan, run, step))
-    return _together(app, [*paths, *(fan_out(app, plan, run, step, spans) for step, spans in ranges.items())])
+            paths.append(path(app, plan, run, step, priority))
+    fan_outs = (fan_out(app, plan, run, step, spans, priority) for step, spans in ranges.items())
+    return _together(app, [*paths, *fan_outs])
 
 
 def _together(app: Celery, canvases: Sequence[Signature]) -> Signature:

@@ -224,7 +224,7 @@ class DeadLetters:
         return sum(self._bury(run, slots[lo : lo + _SLOTS_AT_ONCE]) for lo in range(0, len(slots), _SLOTS_AT_ONCE))
 
     def _bury(self, run: str, slots: Sequence[str]) -> int:
-        fields_of_run = ("workflow", "event_id", "episode")
+        fields_of_run = ("workflow", "event_id", "episode", "priority")
         steps = list(dict.fromkeys(slot.partition("/")[0] for slot in slots))
         with self._client.pipeline(transaction=True) as pipe:
             pipe.hmget(keys.run_key(run, "run"), fields_of_run)
@@ -232,7 +232,7 @@ class DeadLetters:
             pipe.hmget(keys.run_key(run, "states"), slots)
             pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#a" for slot in slots])
             pipe.hmget(keys.run_key(run, "attempts"), [f"{slot}#l" for slot in slots])
-            (workflow, event_id, episode), rows, states, retries, losses = self._do(pipe.execute)
+            (workflow, event_id, episode, priority), rows, states, retries, losses = self._do(pipe.execute)
         failed = [n for n, state in enumerate(states) if state == "failed"]
         self.forget(self._of(run, [slot for slot, state in zip(slots, states, strict=True) if state != "failed"]))
         if not failed:
@@ -255,7 +255,7 @@ class DeadLetters:
                     json.loads(record or "{}"), earlier, id=ids[n], workflow=workflow, run=run, step=step,
                     index=int(index) if index else None, event_id=event_id, episode=int(episode or 1),
                     attempts=attempts[n], losses=int(losses[n] or 0),
-                    queue=queue_name(pools[step]) if pools[step] not in ("", "*") else "",
+                    queue=queue_name(pools[step], priority or "normal") if pools[step] not in ("", "*") else "",
                 )
             )  # fmt: skip
         self._write_steps(letters)

@@ -17,18 +17,19 @@ from celery import Celery
 
 from orchestrator import canvas
 from orchestrator.bus import EventBus
-from orchestrator.celery_app import broker_errors, make_app
+from orchestrator.celery_app import PRIORITIES, broker_errors, make_app
 from orchestrator.counters import Counters, field
 from orchestrator.deadletters import DeadLetters
 from orchestrator.errors import UnavailableError
 from orchestrator.eventlog import EventLog
-from orchestrator.events import CAUSATION, HOPS, RUN_EVENTS, RUNS_SOURCE, Event
+from orchestrator.events import CAUSATION, HOPS, PRIORITY, RUN_EVENTS, RUNS_SOURCE, Event
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState, child_run_id, rfc3339
 from orchestrator.settings import Settings, mask_url
+from orchestrator.subscriptions import schedule_source
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
 CHORES = "!^"
@@ -62,16 +63,18 @@ class Engine:
         self.ledger.client.close()
         self.app.close()
 
-    def publish(self, run: str, rows: Sequence[str], *, plan: Plan | None = None) -> None:
+    def publish(self, run: str, rows: Sequence[str], *, plan: Plan | None = None, priority: str | None = None) -> None:
         """Publish units that have become ready, do the chores among the rows, and clear them from the outbox.
 
         Raises UnavailableError if a server is away: the rows stay in the outbox, where `repair` finds them;
-        NotFoundError if the run's plan is gone. `plan` is that of the run, if it is at hand.
+        NotFoundError if the run's plan is gone. `plan` and `priority` are those of the run, if they are at hand.
         """
         units = [row for row in rows if row[0] not in CHORES]
         slots = [row[1:] for row in rows if row[0] == "!"]
         if units:
-            self._publish(run, plan or self.plan(self.ledger.plan_of(run)), units)
+            self._publish(
+                run, plan or self.plan(self.ledger.plan_of(run)), units, priority or self.ledger.priority_of(run)
+            )
         if slots:
             self.dead_letters.bury(run, slots)
         for row in rows:
@@ -105,8 +108,8 @@ class Engine:
             return
         self.bus.publish([run_event(run, fields, self.payloads)])
 
-    def _publish(self, run: str, plan: Plan, units: Sequence[str]) -> None:
-        ready = canvas.ready(self.app, plan, run, units)
+    def _publish(self, run: str, plan: Plan, units: Sequence[str], priority: str) -> None:
+        ready = canvas.ready(self.app, plan, run, units, priority)
         try:
             canvas.publish(self.app, ready)
         except broker_errors(self.app) as exc:
@@ -130,6 +133,7 @@ class Engine:
         `parent` (run, step, index, attempt) waits for it; with `timeout_ms` it may take no longer, nor than its
         workflow says.
         """
+        priority = _priority_of(event)
         started = self.ledger.start(
             run,
             plan,
@@ -139,10 +143,11 @@ class Engine:
             created_ms=now_ms(),
             parent=parent,
             timeout_ms=min(filter(None, (timeout_ms, plan.timeout_ms)), default=0),
+            priority=priority,
         )
         if started:
             self.counters.add(field("runs_started", workflow=plan.workflow.name))
-            self.publish(run, plan.roots, plan=plan)
+            self.publish(run, plan.roots, plan=plan, priority=priority)
         return started
 
     def cancel(self, run: str) -> bool:
@@ -265,6 +270,13 @@ def run_event(run: str, fields: Mapping[str, str], payloads: Payloads) -> Event:
         data=data,
         extensions={CAUSATION: str(cause.get("id", "")), HOPS: (hops if isinstance(hops, int) else 0) + 1},
     )
+
+
+def _priority_of(event: Mapping[str, Any]) -> str:
+    """Return the priority of the runs of an event. Only schedules say one; what others call `priority` is theirs."""
+    said = event.get(PRIORITY)
+    is_ours = str(event.get("source", "")).startswith(schedule_source(""))
+    return str(said) if is_ours and said in PRIORITIES else "normal"
 
 
 def now_ms() -> int:

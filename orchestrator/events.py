@@ -30,6 +30,8 @@ RUN_EVENTS = {state: f"orchestrator.run.{state}" for state in ("succeeded", "fai
 #: Extension attributes of ours, which nobody else may set: the trigger that an event came by, the id of the event that
 #: caused it, and how many runs there were between it and the first cause.
 TRIGGER, CAUSATION, HOPS = "trigger", "causationid", "hops"
+#: Of a schedule's event: the priority of the run that it starts.
+PRIORITY = "priority"
 
 _ATTRIBUTES = {"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "data"}
 

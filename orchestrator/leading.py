@@ -63,11 +63,17 @@ class LeadingService:
     def _loop(self, stopping: threading.Event) -> None:
         wait_s = _PAUSE_S
         while not stopping.wait(wait_s):
-            wait_s = _PAUSE_S
-            try:
-                wait_s = self.turn()
-                self._outage.ends()
-            except UnavailableError as exc:
-                self._outage.begins(exc)
-            except Exception:  # this loop owns the thread
-                log.exception("turn_failed", role=self.role)
+            wait_s = self.try_turn()
+
+    def try_turn(self) -> float:
+        """Do a turn, and outlive it; answers after how many seconds the next is due."""
+        try:
+            wait_s = self.turn()
+            self._outage.ends()
+        except UnavailableError as exc:
+            self._outage.begins(exc)
+        except Exception:  # the loop owns the thread
+            log.exception("turn_failed", role=self.role)
+        else:
+            return wait_s
+        return _PAUSE_S

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.events import MANUAL, MANUAL_SOURCE, RUN_EVENTS
-from orchestrator.patterns import EventPattern, leaves_at, literal_ends, typed
+from orchestrator.events import MANUAL, MANUAL_SOURCE, RUN_EVENTS, RUNS_SOURCE, TRIGGER
+from orchestrator.patterns import ABSENT, EventPattern, leaves_at, literal_ends, typed
 from orchestrator.subscriptions import OnRun, kind_of_on, pattern_of
 from orchestrator.workflows import Workflow
 
@@ -129,7 +129,8 @@ class Matcher:
         found: set[str] = set()
         for entry in (entry for entries in self._entries.values() for entry in entries):
             for state, type_ in RUN_EVENTS.items():
-                if all(one.may_match_field("type", type_) for one in entry.patterns):
+                known = {"type": type_, "source": RUNS_SOURCE, TRIGGER: ABSENT}
+                if all(one.may_match(known) for one in entry.patterns):
                     found |= {f"{workflow}:{state}" for workflow in entry.follows or ("*",)}
         return found
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.recurrence import OnSchedule
 from orchestrator.shapes import Bytes, Model, Seconds, Timeout
@@ -126,12 +127,18 @@ class Verify(Model):
     standard: _Signed = None
     hmac: Hmac | None = None
 
-    def build(self) -> Verification | None:
-        """Return the domain's form of it; None unless exactly one scheme is given."""
-        given = [(name, value) for name in type(self).model_fields if (value := getattr(self, name)) is not None]
-        if len(given) != 1:
-            return None
-        ((scheme, how),) = given
+    @model_validator(mode="after")
+    def _is_one(self) -> Verify:
+        if len(self._given()) != 1:  # and never none, with which anybody could deliver
+            raise PydanticCustomError("one_scheme", "must be one of " + ", ".join(type(self).model_fields))
+        return self
+
+    def _given(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name in type(self).model_fields if (value := getattr(self, name)) is not None]
+
+    def build(self) -> Verification:
+        """Return the domain's form of it."""
+        ((scheme, how),) = self._given()
         values = how.model_dump(exclude={"secrets", "tolerance"})
         return Verification(scheme=scheme, secrets=tuple(how.secrets), tolerance_s=how.tolerance or 0.0, **values)
 

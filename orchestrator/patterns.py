@@ -124,9 +124,9 @@ class EventPattern:
         """Tell whether the event (in the JSON format of CloudEvents) is wanted."""
         return self._root.matches(event)
 
-    def may_match_field(self, name: str, value: object) -> bool:
-        """Tell whether some event that has this value in a field at the top could match; False only if none could."""
-        return all(node.matches(value) for field_name, node in self._root.nodes if field_name == name)
+    def may_match(self, known: Mapping[str, object]) -> bool:
+        """Tell whether some event with these fields at the top could match; ABSENT: it has no such field."""
+        return all(node.matches(known[name]) for name, node in self._root.nodes if name in known)
 
     def explain(self, event: Mapping[str, object]) -> Mismatch | None:
         """Return the first clause that says no, in the order of the pattern; None if the event matches."""

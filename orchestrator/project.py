@@ -32,11 +32,12 @@ from orchestrator.modules import (
 from orchestrator.modules import code_files as code_files
 from orchestrator.modules import definition_files as definition_files
 from orchestrator.modules import resolve_task as resolve_task
+from orchestrator.recurrence import OnSchedule
 from orchestrator.schema import nearest
 from orchestrator.settings import read_secret
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
-from orchestrator.subscriptions import On, OnFile, OnRun, OnWebhook, secret_fault
+from orchestrator.subscriptions import On, OnFile, OnRun, OnWebhook, schedule_name, secret_fault
 from orchestrator.tracing import Task, WorkflowFunction
 from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
@@ -146,6 +147,7 @@ class _Loading:
                 files = {file, *(relative(self.root, other) for other in definition.lines.files.values())}
                 sound.setdefault(checked.name, (files, checked))
         self._check_circles(named)
+        self._check_schedules(named)
         faults = sorted(self.faults, key=lambda fault: (fault.file, fault.line or 0))
         at_fault = {fault.file for fault in faults}
         good = {name: workflow for name, (files, workflow) in sound.items() if not files & at_fault}
@@ -318,6 +320,23 @@ class _Loading:
             self._fault(Fault(file=first.file, line=first.line, field="steps", message=message))
             for name in cycle[1:]:
                 graph.pop(name)
+
+    def _check_schedules(self, named: Mapping[str, _Named]) -> None:
+        """Two schedules of one name would have each other's ticks."""
+        seen: dict[str, str] = {}
+        for file, definition in self.definitions:
+            workflow = definition.workflow
+            if workflow is None or named.get(workflow.name, (None,))[0] is not workflow:
+                continue
+            for number, on in enumerate(workflow.on):
+                if not isinstance(on, OnSchedule):
+                    continue
+                name, place = schedule_name(workflow.name, on), ("on", str(number), "schedule")
+                line = definition.lines.at(place)
+                if name in seen:
+                    message = f"two schedules are named {name!r}, here and in {seen[name]}; give one a `name:`"
+                    self._fault(Fault(file=file, line=line, field=".".join(place), message=message))
+                seen.setdefault(name, f"{file}:{line}")
 
     def _absolute(self, on: On, number: int, fault: Callable[..., None]) -> On:
         if not isinstance(on, OnFile):

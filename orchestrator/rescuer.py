@@ -162,10 +162,11 @@ class Rescuer(LeadingService):
         try:
             waiting, _ = self._engine.ledger.limbo({run: version})[run]
             plan = self._engine.plan(version.rpartition(":")[2])
-            lost = [unit for unit in waiting if queue_name(plan.pool(unit.partition("/")[0])) in empty]
+            priority = self._engine.ledger.priority_of(run)
+            lost = [unit for unit in waiting if queue_name(plan.pool(unit.partition("/")[0]), priority) in empty]
             if lost:
                 log.info("run_freed", run=run, units=lost[:10], count=len(lost))
-                self._engine.publish(run, lost, plan=plan)
+                self._engine.publish(run, lost, plan=plan, priority=priority)
             return len(lost)
         except UnavailableError:
             raise

@@ -221,7 +221,7 @@ def pattern_of(workflow: str, on: On) -> dict[str, Any]:
         case OnS3():
             data: dict[str, Any] = {"bucket": [on.bucket]}
             if on.prefix or on.suffix:
-                data["key"] = [{"wildcard": f"{_literal(on.prefix)}*{_literal(on.suffix)}"}]
+                data["key"] = [{"wildcard": f"{_literal(on.prefix)}*{_literal(on.suffix)}"}, *_overlaps(on)]
             source = s3_source(on.bucket, on.endpoint_url)
             return {"type": [S3_EVENTS[event] for event in on.events], "source": [source], "data": data}
         case OnWebhook():
@@ -232,6 +232,12 @@ def pattern_of(workflow: str, on: On) -> dict[str, Any]:
             return {"trigger": [queue_trigger(on)]}
         case OnRun():
             return {"type": [RUN_EVENTS[state] for state in on.state], "data": {"workflow": list(on.workflow)}}
+
+
+def _overlaps(on: OnS3) -> list[str]:
+    """Return the keys that are so short that the end of the prefix is the beginning of the suffix."""
+    common = range(1, min(len(on.prefix), len(on.suffix)) + 1)
+    return [on.prefix + on.suffix[n:] for n in common if on.prefix.endswith(on.suffix[:n])]
 
 
 def _literal(text: str) -> str:

@@ -7,7 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,63 @@ class Moto:
         assert self._process.poll() is None, (self._directory / "moto.log").read_text()
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class Gate:
+    """Forwards HTTP to a server, and refuses it as S3 and SQS do while `refusal` (status, code) is set."""
+
+    def __init__(self, target: str) -> None:
+        self.refusal: tuple[int, str] | None = None
+        self.calls = 0
+        gate = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                gate.calls += 1
+                if gate.refusal is not None:
+                    self._refuse(*gate.refusal)
+                    return
+                request = urllib.request.Request(f"{target}{self.path}", body or None, method=self.command)
+                for name, value in self.headers.items():
+                    request.add_header(name, value)
+                try:
+                    with urllib.request.urlopen(request, timeout=30) as answer:
+                        self._answer(answer.status, dict(answer.headers), answer.read())
+                except urllib.error.HTTPError as exc:
+                    self._answer(exc.code, dict(exc.headers), exc.read())
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do  # noqa: N815 -- the names are the library's
+
+            def _refuse(self, status: int, code: str) -> None:
+                if "x-amz-target" in self.headers:
+                    text = json.dumps({"__type": f"com.amazonaws.sqs#{code}", "message": "no"})
+                else:
+                    text = f"<Error><Code>{code}</Code><Message>no</Message></Error>"
+                self._answer(status, {}, text.encode())
+
+            def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, name="gate", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def arn(queue: str) -> str:

@@ -1,7 +1,7 @@
 """Lists a bucket: where nothing notifies, and to find what no notification told.
 
-One of several processes does it, a page of up to 1,000 keys in a turn. How far it came is in the ledger after each page,
-so that whoever is next goes on there; no more than a page is ever in memory. Objects are not moved, marked or removed.
+One of several processes does it, a page of up to 1,000 keys in a turn. How far it came is in the ledger after each, so
+that whoever is next goes on there; no more than a page is ever in memory. Objects are not moved, marked or removed.
 
 Where the bucket notifies a queue, a pass begins when the queue is empty, or was not for too long: it finds little then
 but what was lost. That nothing starts twice does not rest on this, but on the records (orchestrator/ledger/objects.py).
@@ -21,11 +21,11 @@ from typing import Any
 from orchestrator.engine import Engine
 from orchestrator.events import Event, digest
 from orchestrator.leading import LeadingService
-from orchestrator.ledger.objects import SHARDS, Claim, How, ObjectRecords, Sighting, Verdict
+from orchestrator.ledger.objects import SHARDS, Claim, How, ObjectRecords, Verdict
+from orchestrator.sightings import Sighting
 from orchestrator.subscriptions import s3_source
 from orchestrator.telemetry import Outage, get_logger
 from triggers.aws import Queue, describe_error, error_code, queue_url, s3_client, sqs_client, store_errors
-from triggers.object_events import object_event
 
 _PERIOD_S = 0.5
 #: A queue counts as empty when it was for so long.
@@ -215,7 +215,7 @@ class ListingTrigger(LeadingService):
 
     def _emit_all(self, claims: Sequence[Claim]) -> None:
         source, name = self._bucket.source, self._bucket.name
-        self._emit([object_event(source, name, claim.sighting, claim.event_id) for claim in claims])
+        self._emit([claim.sighting.event(source, name, claim.event_id) for claim in claims])
         self._records.confirm(claims)
 
     def _how(self, sighting: Sighting, looks: dict[str, dict[str, Any]]) -> How | None:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote_plus
 
-from orchestrator.ledger.objects import Sighting
+from orchestrator.sightings import Sighting
 
 #: By EventBridge's `reason`; other reasons are shown as they are.
 _REASONS = {
@@ -79,7 +79,7 @@ def _record(record: object, n: int, now_ms: int) -> Told | None:
     if not str(record.get("eventSource", "aws:s3")).endswith(":s3"):
         raise UnreadableError(f"{where}.eventSource is not S3")
     name = _text(record, "eventName", where).removeprefix("s3:")
-    kind, _, what = name.partition(":")
+    kind = name.partition(":")[0]
     if kind not in ("ObjectCreated", "ObjectRemoved", "LifecycleExpiration"):
         return None
     s3 = _part(record, "s3", where)

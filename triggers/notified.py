@@ -23,7 +23,6 @@ from orchestrator.subscriptions import s3_source
 from orchestrator.telemetry import Outage, get_logger
 from triggers.aws import Queue, describe_error, queue_url, sqs_client, store_errors
 from triggers.notifications import Told, UnreadableError, read_notification
-from triggers.object_events import object_event
 
 _RECEIVERS = 4
 _AT_ONCE = 10
@@ -193,7 +192,7 @@ class _Receiving:
             self._insist(lambda: self._handle(bodies))
         except (_StoppedError, UnavailableError):
             raise
-        except Exception:  # one of them is what nobody thought of
+        except Exception:  # noqa: BLE001 -- one of them is what nobody thought of
             self._log.exception("s3_messages_failed")
             for body in bodies:
                 self._handle_alone(body)
@@ -237,9 +236,7 @@ class _Receiving:
         source = s3_source(bucket, self._queue.endpoint_url)
         # The removal of one version says nothing of the object, and is told by notifications alone.
         events = [
-            object_event(source, bucket, one.sighting, one.sighting.identity)
-            for one in told
-            if one.sighting.is_of_one_version
+            one.sighting.event(source, bucket, one.sighting.identity) for one in told if one.sighting.is_of_one_version
         ]
         records = ObjectRecords(self._ledger, source)
         claims = records.claim([(one.sighting, How.TOLD) for one in told if not one.sighting.is_of_one_version])
@@ -247,7 +244,7 @@ class _Receiving:
             if claim.verdict is Verdict.LATE:
                 self._log.info("s3_notification_is_late", bucket=bucket, key=claim.sighting.key)
         claimed = list({claim.event_id: claim for claim in claims if claim.event_id}.values())
-        events += [object_event(source, bucket, claim.sighting, claim.event_id) for claim in claimed]
+        events += [claim.sighting.event(source, bucket, claim.event_id) for claim in claimed]
         if events:
             self._emit(events)
         records.confirm(claimed)

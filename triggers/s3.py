@@ -4,9 +4,9 @@
     notified.py        the queue ------------+--> the records of the bucket: claim --> the bus --> confirm
     listing.py         what the bucket has --+    (orchestrator/ledger/objects.py)
 
-**Nothing is lost.** Notifications are hints, for they may be lost, late or sent to nobody. What counts is the bucket: it
-is listed when we start and every `reconcile`, after the queue is empty. A message is deleted, and a page of a listing
-left behind, only when the events are on the bus.
+**Nothing is lost.** Notifications are hints, for they may be lost, late or sent to nobody. What counts is the bucket:
+it is listed when we start and every `reconcile`, after the queue is empty. A message is deleted, and a page of a
+listing left behind, only when the events are on the bus.
 
 **Nothing starts twice.** Both share one record for each key. A claim on it is made before the event is emitted, and
 binds the version to the event's id: whoever tells of the same version after a kill -9 in between emits the same event,

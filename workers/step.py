@@ -81,6 +81,7 @@ class _RunInfo:
     input_payload: str
     #: When its timeout ends it, ms since the epoch; 0: never.
     deadline_ms: int
+    priority: str
     names: dict[str, Any]
     loaded: dict[str, Any] = field(default_factory=dict)
 
@@ -208,7 +209,10 @@ class StepRunner:
         if rows:
             info = self._runs.get(run)
             try:
-                self._engine.publish(run, rows, plan=info.plan if info is not None else None)
+                if info is None:
+                    self._engine.publish(run, rows)
+                else:
+                    self._engine.publish(run, rows, plan=info.plan, priority=info.priority)
             except UnavailableError as exc:
                 log.warning("left_to_rescuer", run=run, units=len(rows), error=str(exc))
 
@@ -246,7 +250,20 @@ class StepRunner:
         if not taken.meta:
             self._runs.move_to_end(run)
             return self._runs[run]
-        workflow, plan_hash, event, run_input, created_ms, episode, event_id, deadline, phase, state, error = taken.meta
+        (
+            workflow,
+            plan_hash,
+            event,
+            run_input,
+            created_ms,
+            episode,
+            event_id,
+            deadline,
+            phase,
+            state,
+            error,
+            priority,
+        ) = taken.meta
         plan = self._engine.plan(plan_hash)
         facts: dict[str, Any] = {
             "id": run,
@@ -258,7 +275,10 @@ class StepRunner:
             facts["state"] = state
             facts["error"] = json.loads(error) if error else None
             facts["failures"] = self._ledger.failures(run, plan.main)
-        info = _RunInfo(run, plan, episode + phase, event_id, event, run_input, int(deadline or 0), {"run": facts})
+        info = _RunInfo(
+            run, plan, episode + phase, event_id, event, run_input, int(deadline or 0), priority or "normal",
+            {"run": facts},
+        )  # fmt: skip
         self._runs[run] = info
         while len(self._runs) > _RUNS_KNOWN:
             self._runs.popitem(last=False)

@@ -26,6 +26,7 @@ from orchestrator.cli.audit import audit
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.schedules import app as schedules
 from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
 from orchestrator.workflows import Workflow, unknown
@@ -51,6 +52,7 @@ app.add_typer(workflows, name="workflows")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(tokens, name="tokens")
 app.command()(audit)
+app.add_typer(schedules, name="schedules")
 
 
 # Definitions
@@ -200,6 +202,14 @@ def gateway(
     from orchestrator.cli.control import Control
 
     return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), roles=["gateway"]).run()
+
+
+@app.command()
+def beat(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
+    """Run the beat, which emits what schedules ask for, in production; one of several leads."""
+    from orchestrator.cli.control import Control
+
+    return Control(with_servers(settings_of(project, data_dir)), roles=["beat"]).run()
 
 
 @app.command()

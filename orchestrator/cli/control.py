@@ -29,6 +29,7 @@ from orchestrator.settings import Settings
 from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
+from triggers.beat import Beat
 from triggers.files import file_triggers
 from triggers.s3 import s3_triggers
 from triggers.supervisor import Kind, TriggerSupervisor
@@ -38,7 +39,7 @@ log = get_logger(__name__)
 #: In the data directory: the definitions in force, for `up` and the control process to tell each other.
 DEFINITIONS = "definitions.json"
 #: What the control process does; in production each may be a process of its own.
-ROLES = ("dispatcher", "trigger", "gateway")
+ROLES = ("dispatcher", "trigger", "beat", "gateway")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
 
@@ -152,6 +153,8 @@ class Control:
             self._followers.append(Dispatcher(engine, on_start=self._tell_start))
         if "trigger" in roles:
             self._followers.append(TriggerSupervisor(_kinds_of_trigger(engine)))
+        if "beat" in roles:
+            self._followers.append(Beat(engine, engine.bus))
         if self._serves:
             from orchestrator.cli.gateway import Gateway  # an HTTP server, which the other roles do not need
 

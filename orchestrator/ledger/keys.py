@@ -8,6 +8,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | key | field | value |
 |---|---|---|
 | run | workflow state episode plan event event_id input output error parent fence cleared | |
+| | priority | high or low; absent: normal |
 | | phase left | which steps are at work (main: empty, on_failure, finally), and how many of them have not ended |
 | | hooks | whether there are steps of on_failure or finally |
 | | bad hook_failed | a step, a hook, that failed or was cancelled |
@@ -82,6 +83,13 @@ AUDIT = f"{PREFIX}:audit"
 AUDIT_ENTRIES = f"{AUDIT}:entries"
 #: Channel on which the end of each run is told, as JSON: run, workflow, state, error (JSON text, or empty).
 RUN_ENDED = f"{PREFIX}:run-ended"
+#: Schedule's name -> how far it has come, as JSON (schedules.py); permanent, a row for each schedule that there was
+#: within the retention.
+SCHEDULES = f"{PREFIX}:schedules"
+#: Names of schedules that are paused -> since when, ms; permanent.
+PAUSED_SCHEDULES = f"{PREFIX}:schedules:paused"
+#: Backfill's id -> what it is and how far it has come, as JSON (schedules.py); permanent, gone a week after its end.
+BACKFILLS = f"{PREFIX}:backfills"
 #: Written to see whether the server takes writes; gone at once.
 PROBE = f"{PREFIX}:probe"
 
@@ -94,7 +102,8 @@ def leader_key(role: str) -> str:
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
     RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
-    AUDIT_ENTRIES, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
+    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS,
+    f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
 )  # fmt: skip
 
 

@@ -339,8 +339,8 @@ end
 
 local function meta()
   local values = call('HMGET', RUN, 'workflow', 'plan', 'event', 'input', 'created_at', 'episode', 'event_id',
-    'deadline', 'phase', 'end_state', 'end_error')
-  for i = 1, 11 do values[i] = values[i] or '' end
+    'deadline', 'phase', 'end_state', 'end_error', 'priority')
+  for i = 1, 12 do values[i] = values[i] or '' end
   return values
 end
 

@@ -71,9 +71,9 @@ class Taken:
     over those of the definition, or empty.
     `inputs` has (step id, state, payload or payloads, failures) for each step that is read; it is empty for a further
     item of the same part. `meta` is (workflow, plan, event, input, created_at, episode, event id, deadline, phase,
-    state and error that the run comes to); `chunk` (items per chunk, number, payload) the items around `index`; both
-    are empty if the caller said that it knows them. For the end of a run in which a step failed, `chunk` has every step
-    and its state, in turn. `count` is the fan-out's size.
+    state and error that the run comes to, priority or empty); `chunk` (items per chunk, number, payload) the items
+    around `index`; both are empty if the caller said that it knows them. For the end of a run in which a step failed,
+    `chunk` has every step and its state, in turn. `count` is the fan-out's size.
     """
 
     unit: str
@@ -257,6 +257,7 @@ class Ledger:
         created_ms: int,
         parent: Mapping[str, Any] | None = None,
         timeout_ms: int = 0,
+        priority: str = "normal",
     ) -> bool:
         """Write a run with its first units in the outbox; False if that run exists. Idempotent by id.
 
@@ -272,6 +273,8 @@ class Ledger:
             fields["parent"] = json.dumps(parent)
         if plan.has_hooks:
             fields["hooks"] = "1"
+        if priority != "normal":
+            fields["priority"] = priority
         answer = self._call(
             run, "start", timeout_ms, len(rows), *_flat(rows), len(plan.roots), *plan.roots, *_flat(fields)
         )
@@ -490,6 +493,10 @@ class Ledger:
         """Return which attempt a slot is at: (over all episodes, in this one)."""
         retries, before = self.guard(lambda: self.client.hmget(keys.run_key(run, "attempts"), f"{slot}#a", f"{slot}#b"))
         return 1 + int(retries or 0), 1 + int(retries or 0) - int(before or 0)
+
+    def priority_of(self, run: str) -> str:
+        """Return the priority of a run: high, normal or low."""
+        return str(self.guard(lambda: self.client.hget(keys.run_key(run, "run"), "priority")) or "normal")
 
     def plan_of(self, run: str) -> str:
         """Return the hash of the plan that a run started with. Raises NotFoundError."""

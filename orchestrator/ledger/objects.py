@@ -25,51 +25,13 @@ from typing import Any
 from orchestrator.events import digest
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
+from orchestrator.sightings import Sighting
 
 #: Into how many hashes the records of a bucket are divided.
 SHARDS = 65_536
 #: How long records outlive the last that was said of them, for a bucket that nobody watches any more.
 _TTL_S = 400 * 86_400
 _HEX = re.compile(r"[0-9A-F]+\Z")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
-    """Somebody tells that an object was made, or removed.
-
-    `at_ms` is when that was, by the store's clock. What a listing shows has `modified_ms`, and `at_ms` is when it was
-    listed. Everything but the key may be missing, for there are stores that do not tell it.
-    """
-
-    key: str
-    removed: bool = False
-    etag: str | None = None
-    version_id: str | None = None
-    sequencer: str | None = None
-    size: int | None = None
-    event_name: str | None = None
-    at_ms: int = 0
-    modified_ms: int | None = None
-
-    @property
-    def identity(self) -> str:
-        """The id of its event; two tellings of one version need not have the same, but `Records.claim` knows."""
-        if self.modified_ms is not None:
-            parts = ["listed", self.key, self.etag or "", str(self.modified_ms)]
-        else:
-            kind = "removed" if self.removed else "created"
-            when = "" if self.sequencer else str(self.at_ms)
-            parts = [kind, self.key, self.version_id or "", self.sequencer or "", self.etag or "", when]
-        return digest(*parts)[:32]
-
-    @property
-    def is_of_one_version(self) -> bool:
-        """Whether a single version was removed for good, which says nothing of the object."""
-        return (
-            self.removed
-            and self.version_id not in (None, "", "null")
-            and not (self.event_name or "").endswith("DeleteMarkerCreated")
-        )
 
 
 class Verdict(StrEnum):

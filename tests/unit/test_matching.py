@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.events import FILE_CREATED, MANUAL, MANUAL_SOURCE
+from orchestrator.events import FILE_CREATED, MANUAL, MANUAL_SOURCE, S3_EVENTS
 from orchestrator.matching import Matcher
 from orchestrator.patterns import EventPattern
 from orchestrator.recurrence import OnSchedule
@@ -92,13 +92,21 @@ QUEUE = OnQueue(url="redis://x", queue="q")
         ),
         (
             OnS3(bucket="b-1", prefix="in*/", suffix=".csv"),
-            {"type": "orchestrator.s3.object.created", "data": {"bucket": "b-1", "key": "in*/a.csv"}},
-            {"type": "orchestrator.s3.object.created", "data": {"bucket": "b-1", "key": "in/a.csv"}},
+            {
+                "type": S3_EVENTS["created"],
+                "source": "orchestrator:s3/b-1",
+                "data": {"bucket": "b-1", "key": "in*/a.csv"},
+            },
+            {
+                "type": S3_EVENTS["created"],
+                "source": "orchestrator:s3/b-1",
+                "data": {"bucket": "b-1", "key": "in/a.csv"},
+            },
             r's3: data.key: wanted [{"wildcard":"in\\*/*.csv"}], saw "in/a.csv"',
         ),
         (
             OnS3(bucket="b-1", events=("removed",)),
-            {"type": "orchestrator.s3.object.removed", "data": {"bucket": "b-1", "key": "a"}},
+            {"type": S3_EVENTS["removed"], "source": "orchestrator:s3/b-1", "data": {"bucket": "b-1", "key": "a"}},
             {"type": "orchestrator.s3.object.created", "data": {"bucket": "b-1", "key": "a"}},
             's3: type: wanted ["orchestrator.s3.object.removed"], saw "orchestrator.s3.object.created"',
         ),
@@ -133,6 +141,14 @@ def test_every_kind_of_entry_is_a_pattern(on: On, event: dict[str, Any], refused
     assert matcher.why_not("none", event) == "it has no `on:`; only `orchestrator run` starts it"
 
 
+@given(st.text("ab", max_size=4), st.text("ab", max_size=4), st.text("ab", max_size=6))
+def test_the_keys_of_a_bucket_have_the_prefix_and_the_suffix(prefix: str, suffix: str, key: str) -> None:
+    """Which may overlap in a short key."""
+    matcher = Matcher([workflow("w", OnS3(bucket="b-1", prefix=prefix, suffix=suffix))])
+    event = {"type": S3_EVENTS["created"], "source": "orchestrator:s3/b-1", "data": {"bucket": "b-1", "key": key}}
+    assert bool(matcher.match(event)) == (key.startswith(prefix) and key.endswith(suffix))
+
+
 def test_what_is_started_by_hand_is_for_one_workflow() -> None:
     """Also where a pattern of another one would take it."""
     matcher = Matcher([workflow("w"), workflow("v", OnEvent(pattern={"type": [MANUAL]}))])
@@ -140,3 +156,24 @@ def test_what_is_started_by_hand_is_for_one_workflow() -> None:
     assert matcher.match(event) == ["w"]
     assert matcher.why_not("v", event) == "the event is for another workflow"
     assert matcher.match(event | {"subject": "x"}) == []
+
+
+@pytest.mark.parametrize(
+    ("on", "followed"),
+    [
+        (
+            OnRun(workflow=("a", "b"), state=("failed", "cancelled")),
+            {"a:failed", "a:cancelled", "b:failed", "b:cancelled"},
+        ),
+        (OnEvent(pattern={"type": [{"prefix": "orchestrator.run.f"}]}), {"*:failed"}),
+        (OnEvent(pattern={"data": {"x": [1]}}), {"*:succeeded", "*:failed", "*:cancelled"}),
+        (OnEvent(pattern={"source": ["shop"]}), set()),
+        (OnFile(path="/in"), set()),
+        (OnS3(bucket="b-1"), set()),
+        (OnWebhook(path="a"), set()),
+        (OnSchedule(cron="@daily"), set()),
+        (QUEUE, set()),
+    ],
+)
+def test_ends_of_runs_are_events_only_where_an_entry_may_ask_for_them(on: On, followed: set[str]) -> None:
+    assert Matcher([workflow("w", on)]).followed() == followed

@@ -208,6 +208,24 @@ def test_two_workflows_with_one_name(project):
     assert list(load_project(root).workflows) == ["w"]
 
 
+def test_two_schedules_with_one_name(project):
+    """Within a workflow, and of two whose names come to the same."""
+    entries = ("{cron: '@daily'}", "{cron: '@hourly'}", "{cron: '@hourly', name: b}")
+    twice = "on:\n" + "".join(f"  - schedule: {entry}\n" for entry in entries)
+    root = project(
+        **{
+            "workflows/a.yaml": yaml() + twice,
+            "workflows/b.yaml": yaml().replace("workflow: w", "workflow: w.b") + "on: [{schedule: {every: 1h}}]\n",
+        }
+    )
+    assert faults_of(root) == [
+        "workflows/a.yaml:8: on.1.schedule: two schedules are named 'w', here and in workflows/a.yaml:7; "
+        "give one a `name:`",
+        "workflows/b.yaml:6: on.0.schedule: two schedules are named 'w.b', here and in workflows/a.yaml:9; "
+        "give one a `name:`",
+    ]
+
+
 def test_faults_of_all_files_come_at_once_and_sound_workflows_stay(project):
     """A file that cannot be read does not hide the others."""
     root = project(

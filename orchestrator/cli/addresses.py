@@ -1,0 +1,118 @@
+"""Where the gateway listens: claimed before anything else, and written down for others to find.
+
+Ports that are 0 are taken free and kept over restarts in `gateway.json` of the data directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from orchestrator import tokens
+from orchestrator.engine import Engine
+from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
+from orchestrator.settings import Settings
+
+#: In the data directory: where the gateway listens.
+STATE = "gateway.json"
+_BACKLOG = 1024
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- not bound to here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listeners:
+    """The sockets of a gateway, and their addresses as another process on this machine uses them."""
+
+    gateway: socket.socket
+    health: socket.socket
+    url: str
+    health_url: str
+
+    def close(self) -> None:
+        self.gateway.close()
+        self.health.close()
+
+
+def listen(settings: Settings) -> Listeners:
+    """Listen on the addresses of the settings, and write them down.
+
+    Raises AlreadyRunningError if a port that was asked for is in use, SettingsError for an address that is not of this
+    machine, UnavailableError if the data directory cannot be written.
+    """
+    kept = addresses(settings.data_dir)
+    gateway = _listen("", settings.host, settings.port, kept.get("url", ""))
+    try:
+        health = _listen("health_", settings.health_host, settings.health_port, kept.get("health_url", ""))
+    except BaseException:
+        gateway.close()
+        raise
+    found = Listeners(
+        gateway=gateway,
+        health=health,
+        url=_url(settings.host, gateway),
+        health_url=_url(settings.health_host, health),
+    )
+    draft = settings.data_dir / f"{STATE}.tmp"
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({"url": found.url, "health_url": found.health_url}))
+        draft.replace(settings.data_dir / STATE)
+    except OSError as exc:
+        found.close()
+        raise UnavailableError(
+            f"cannot write to the data directory {settings.data_dir}: {exc.strerror}; "
+            "free space, fix its permissions, or choose another with --data-dir"
+        ) from exc
+    return found
+
+
+def addresses(data_dir: Path) -> dict[str, str]:
+    """Return `url` and `health_url` of the gateway of a data directory, running or not; empty if it never had one."""
+    try:
+        state = json.loads((data_dir / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: str(url) for name, url in state.items()} if isinstance(state, dict) else {}
+
+
+def _listen(which: str, host: str, port: int, kept: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    tries = [port] if port else [_port(kept), 0]
+    for number in tries:
+        try:
+            return socket.create_server((host, number), family=family, backlog=_BACKLOG)
+        except OSError as exc:
+            if not port and number:
+                continue
+            if exc.errno == errno.EADDRINUSE:
+                raise AlreadyRunningError(
+                    f"port {port} on {host} is in use; stop what listens there, or set {which}port to another"
+                ) from exc
+            raise SettingsError(
+                f"cannot listen on {host} port {port}: {exc.strerror}; set {which}host and {which}port to others"
+            ) from exc
+    raise AssertionError  # port 0 is always tried
+
+
+def _port(url: str) -> int:
+    try:
+        return urlsplit(url).port or 0
+    except ValueError:
+        return 0
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    reachable = _ANYWHERE.get(host, host)
+    return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{listener.getsockname()[1]}"
+
+
+def check_exposure(engine: Engine) -> None:
+    """Raise SettingsError if the API would be open to others than this machine without a token.
+
+    Raises UnavailableError if the ledger, which knows the tokens, is away.
+    """
+    tokens.check_exposure(engine.settings, tokens.Tokens(engine.ledger))
