@@ -24,6 +24,7 @@ from orchestrator.expressions import parse
 from orchestrator.ledger import keys
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
+from orchestrator.recurrence import OnSchedule
 from orchestrator.runs import run_id
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import OnEvent
@@ -235,6 +236,35 @@ def test_a_page_of_runs_ends_early_when_their_values_are_large(api: httpx.Client
             break
         page = api.get("/runs", params={"after": page["next"]}).json()
     assert sorted(seen) == [f"r{n}" for n in range(5)]
+
+
+def test_schedules_are_listed_paused_and_backfilled(api: httpx.Client, engine: Engine) -> None:
+    put_in_force(
+        engine,
+        workflow("daily", on=(OnSchedule(cron="0 6 * * *"),)),
+        workflow("hourly", on=(OnSchedule(cron="@hourly"),)),
+    )
+    page = api.get("/schedules", params={"limit": 1}).json()
+    assert ([one["name"] for one in page["items"]], len(page["items"][0]["next_due_at"])) == (["daily"], 5)
+    assert [one["name"] for one in api.get("/schedules", params={"after": page["next"]}).json()["items"]] == ["hourly"]
+    assert api.post("/schedules/daily/pause").json()["paused"] is True
+    assert api.get("/schedules/daily").json()["paused"] is True
+    assert api.post("/schedules/daily/resume").json()["paused"] is False
+    asked = {"from": "2026-01-01", "to": "2026-01-03"}
+    assert api.post("/schedules/daily/backfill", json=asked | {"dry_run": True}).json()["to_run"] == 3
+    assert api.post("/schedules/daily/backfill", json=asked | {"max_parallel": 2}).json()["max_parallel"] == 2
+    assert api.delete("/schedules/daily/backfill").json() == {"schedule": "daily", "cancelled": 1}
+    for body in (
+        {},
+        asked | {"from": "odd"},
+        asked | {"to": "2025-01-01"},
+        asked | {"max_parallel": 0},
+        {"start": "x", "end": "y"},
+    ):
+        is_problem(api.post("/schedules/daily/backfill", json=body), 422)
+    for path in ("/schedules/none", "/schedules/a%2Fb"):
+        is_problem(api.get(path), 404)
+    is_problem(api.post("/schedules/none/pause"), 404)
 
 
 def test_workflows_in_force_are_listed_shown_drawn_and_built(api: httpx.Client, engine: Engine) -> None:
