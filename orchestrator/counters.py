@@ -49,6 +49,7 @@ class Counters:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._is_away = False
 
     def add(self, counter: str, by: float = 1) -> None:
         """Add to a counter, given by its field; takes no time and never fails."""
@@ -86,7 +87,9 @@ class Counters:
                 for counter, by in counts.items():
                     hand_in(pipe, counter, by)
                 self._ledger.guard(pipe.execute)
+            self._is_away = False
         except UnavailableError:  # others say so; a client that has sent it may have been heard, then it counts twice
+            self._is_away = True
             with self._lock:
                 for counter, by in counts.items():
                     self._counts[counter] = self._counts.get(counter, 0) + by
@@ -94,12 +97,13 @@ class Counters:
             log.warning("counters_not_kept", exc_info=True)
 
     def close(self) -> None:
-        """Hand in what is left, and end."""
+        """Hand in what is left, and end; a ledger that is away is not waited for."""
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=1)
             self._thread = None
-        self.flush()
+        if not self._is_away:
+            self.flush()
 
 
 def hand_in(client: Any, counter: str, by: float = 1) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.celery_app import EVENT_QUEUE
+from orchestrator.counters import field
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError
 from orchestrator.eventlog import Verdict
@@ -129,7 +130,7 @@ class Dispatcher:
         except UnavailableError:
             raise
         except OrchestratorError as exc:
-            self._engine.ledger.start_failed(
+            is_new = self._engine.ledger.start_failed(
                 run,
                 workflow=name,
                 plan=plan.hash,
@@ -138,6 +139,8 @@ class Dispatcher:
                 created_ms=now_ms(),
                 error=json.dumps(StepError(type=type(exc).__name__, message=str(exc)).to_json()),
             )
+            if is_new:
+                self._engine.counters.add(field("runs", workflow=name, state="failed"))
             self._engine.tell_followers(run)
             # Its text quotes the input; the run has it.
             log.error("run_refused", run=run, workflow=name, error=type(exc).__name__)

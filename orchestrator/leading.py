@@ -44,6 +44,7 @@ class LeadingService:
             self._engine.ledger.resign(self.role, self._me)
         except UnavailableError:
             log.info("lead_left_to_run_out", role=self.role)
+        self._engine.counters.close()
         self._engine.ledger.client.close()
 
     def lead(self) -> tuple[bool, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, parse_since
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
-from orchestrator.errors import InputError, NotFoundError, unknown
+from orchestrator.errors import InputError, NotFoundError, shorten, unknown
 from orchestrator.events import Event, foreign_fault, replay_of
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import run_id
@@ -19,6 +19,8 @@ from orchestrator.workflows import Workflow
 
 #: The source of events that say none.
 OWN_SOURCE = "orchestrator:emit"
+#: Letters a second: one in a quarter of an hour.
+_LEAST_RATE = 0.001
 
 
 def workflow_in_force(engine: Engine, name: str) -> Workflow:
@@ -140,6 +142,6 @@ def choose_letters(
 def parse_rate(text: str | None) -> float:
     """Return how many a second `10/s` is; 0 for None. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*s)?\s*", text or "0", re.ASCII)
-    if match is None or (text is not None and not float(match[1])):
-        raise InputError(f"--rate must be a number of letters a second, as 10/s, not {text!r}")
+    if match is None or (text is not None and float(match[1]) < _LEAST_RATE):
+        raise InputError(f"--rate must be a number of letters a second, as 10/s, not {shorten(text)}")
     return float(match[1])

@@ -35,6 +35,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::\d{1,5})?\Z", re.ASC
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _ABOUT_CHARACTERS = 500
+_ABOUT_ELEMENTS = 100
 #: More requests than this do not wait for a thread: a ledger that hangs is not to let them pile up.
 _WAITING = 200
 
@@ -149,7 +150,7 @@ class Entry:
 
 def _short(value: Any) -> Any:
     if isinstance(value, list):
-        return value[:100]
+        return [_short(element) for element in value[:_ABOUT_ELEMENTS]]
     return value[:_ABOUT_CHARACTERS] if isinstance(value, str) else value
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
@@ -12,6 +9,7 @@ from orchestrator.api import shapes
 from orchestrator.api.answers import Json
 from orchestrator.api.bodies import Asked, Body, read_body, schema_of
 from orchestrator.api.place import After, Limit, Place, page, router, says
+from orchestrator.schedules import Schedules
 
 
 class Backfill(Asked):
@@ -26,30 +24,27 @@ class Backfill(Asked):
 
 
 def make_router(place: Place) -> APIRouter:
-    routes = router()
-
-    def schedules() -> Any:
-        return import_module("orchestrator.schedules").Schedules(place.engine)
+    routes, schedules = router(), Schedules(place.engine)
 
     @routes.get("/schedules", **says(shapes.Schedules))
     def list_schedules(limit: Limit = 50, after: After = None) -> Json:
         """List schedules, with the next five times at which each is due."""
-        return page(*schedules().page(limit, after))
+        return page(*schedules.page(limit, after))
 
     @routes.get("/schedules/{schedule}", **says(shapes.Schedule))
     def show_schedule(schedule: str) -> Json:
         """Show a schedule and its backfills."""
-        return Json(schedules().show(schedule))
+        return Json(schedules.show(schedule))
 
     @routes.post("/schedules/{schedule}/pause", **says(shapes.Schedule, changes=True))
     def pause_schedule(schedule: str) -> Json:
         """Have a schedule start nothing until it is resumed."""
-        return Json(schedules().pause(schedule))
+        return Json(schedules.pause(schedule))
 
     @routes.post("/schedules/{schedule}/resume", **says(shapes.Schedule, changes=True))
     def resume_schedule(schedule: str) -> Json:
         """Have a schedule go on from now; what was due meanwhile is not made up for."""
-        return Json(schedules().resume(schedule))
+        return Json(schedules.resume(schedule))
 
     @routes.post(
         "/schedules/{schedule}/backfill", **says(shapes.Backfill, changes=True), openapi_extra=schema_of(Backfill)
@@ -59,7 +54,7 @@ def make_router(place: Place) -> APIRouter:
         asked = read_body(body, Backfill)
         request.state.entry.note(**{"from": asked.start, "to": asked.end, "dry_run": asked.dry_run or None})
         return Json(
-            schedules().backfill(
+            schedules.backfill(
                 schedule, asked.start, asked.end, dry_run=asked.dry_run, max_parallel=asked.max_parallel
             )
         )
@@ -67,6 +62,6 @@ def make_router(place: Place) -> APIRouter:
     @routes.delete("/schedules/{schedule}/backfill", **says(shapes.BackfillsCancelled, changes=True))
     def cancel_backfill(schedule: str) -> Json:
         """Stop the backfills of a schedule; runs that have started go on."""
-        return Json({"schedule": schedule, "cancelled": schedules().cancel_backfill(schedule)})
+        return Json({"schedule": schedule, "cancelled": schedules.cancel_backfill(schedule)})
 
     return routes

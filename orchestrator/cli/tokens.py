@@ -12,7 +12,7 @@ import typer
 
 from orchestrator.cli.access import DataDirOption, JsonOption, ProjectOption, engine_of, settings_of
 from orchestrator.cli.output import print_json, print_table
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, NotFoundError, OrchestratorError
 from orchestrator.tokens import Scope, Tokens
 
 app = typer.Typer(help="Make, list and revoke the bearer tokens of the API.", no_args_is_help=True)
@@ -32,8 +32,8 @@ def _changing(engine: Any, action: str, name: str, **about: Any) -> Iterator[Tok
     entry_id = audit.begin(entry | {"status": None}, time.time_ns() // 1_000_000)
     try:
         yield Tokens(engine.ledger)
-    except Exception:
-        audit.complete(entry_id, entry | {"status": 422})
+    except OrchestratorError as exc:
+        audit.complete(entry_id, entry | {"status": 404 if isinstance(exc, NotFoundError) else 422})
         raise
     audit.complete(entry_id, entry | {"status": 200})
 
@@ -48,11 +48,11 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a token and print it; it is shown this once. From the first one on, the API asks for tokens."""
-    from orchestrator.durations import parse_duration
+    from orchestrator.shapes import parse_timeout
 
     now_ms = time.time_ns() // 1_000_000
     try:
-        expires_at = None if expires is None else now_ms + round(parse_duration(expires).total_seconds() * 1000)
+        expires_at = None if expires is None else now_ms + round(parse_timeout(expires) * 1000)
     except ValueError as exc:
         raise InputError(f"--expires {exc}") from exc
     with engine_of(settings_of(project, data_dir)) as engine:

@@ -24,6 +24,7 @@ from orchestrator.expressions import parse
 from orchestrator.ledger import keys
 from orchestrator.ledger.queries import Queries
 from orchestrator.plan import Plan
+from orchestrator.recurrence import OnSchedule
 from orchestrator.runs import run_id
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import OnEvent
@@ -201,6 +202,69 @@ def test_dead_letters_are_listed_grouped_shown_and_discarded(api: httpx.Client, 
     assert api.get("/dead-letters").json()["items"] == []
     entry = api.get("/audit").json()["items"][0]
     assert (entry["action"], entry["about"]) == ("discard_dead_letters", {"all": True, "discarded": 2})
+
+
+def test_steps_that_have_failed_are_sent_back_with_a_canary_first(place: Place) -> None:
+    failing = Workflow(name="lettered", steps=(Step(id="f", task="tasks:fail"),))
+    runs = [place.start(failing) for _ in range(2)]
+    for run in runs:
+        place.end(run)
+    with Served(make_app(place.engine)) as served, httpx.Client(base_url=f"{served.url}/api/v1", timeout=30) as api:
+        asked = {"workflow": "lettered", "canary": 1, "rate": "100/s"}
+        done = api.post("/dead-letters/redrive", json=asked).json()
+        assert len(done["sent"]) == len(done["left"]) == 1
+        assert "came back" in done["stopped"]
+        for odd in ("0.0000001/s", "fast", "-1", "1e9", "0"):
+            is_problem(api.post("/dead-letters/redrive", json=asked | {"rate": odd}), 422)
+        is_problem(api.post("/dead-letters/redrive", json=asked | {"timeout": "9h"}), 422)
+        is_problem(api.post("/dead-letters/redrive", json=asked | {"reason": "odd"}), 422)
+        is_problem(api.post("/dead-letters/redrive", json=asked | {"sinse": "2h"}), 422)
+
+
+def test_a_page_of_runs_ends_early_when_their_values_are_large(api: httpx.Client, engine: Engine) -> None:
+    put_in_force(engine)
+    plan = engine.plan(engine.ledger.workflow_plan("w"))
+    large = {"n": "x" * 9_000_000}
+    for n in range(5):
+        engine.start(f"r{n}", plan, event={"id": f"e{n}"}, params=large)
+    seen: list[str] = []
+    page = api.get("/runs").json()
+    while True:
+        assert 0 < len(page["items"]) <= 3
+        seen += [one["id"] for one in page["items"]]
+        if page["next"] is None:
+            break
+        page = api.get("/runs", params={"after": page["next"]}).json()
+    assert sorted(seen) == [f"r{n}" for n in range(5)]
+
+
+def test_schedules_are_listed_paused_and_backfilled(api: httpx.Client, engine: Engine) -> None:
+    put_in_force(
+        engine,
+        workflow("daily", on=(OnSchedule(cron="0 6 * * *"),)),
+        workflow("hourly", on=(OnSchedule(cron="@hourly"),)),
+    )
+    page = api.get("/schedules", params={"limit": 1}).json()
+    assert ([one["name"] for one in page["items"]], len(page["items"][0]["next_due_at"])) == (["daily"], 5)
+    assert [one["name"] for one in api.get("/schedules", params={"after": page["next"]}).json()["items"]] == ["hourly"]
+    assert api.post("/schedules/daily/pause").json()["paused"] is True
+    assert api.get("/schedules/daily").json()["paused"] is True
+    assert api.post("/schedules/daily/resume").json()["paused"] is False
+    asked = {"from": "2026-01-01", "to": "2026-01-03"}
+    assert api.post("/schedules/daily/backfill", json=asked | {"dry_run": True}).json()["to_run"] == 3
+    assert api.post("/schedules/daily/backfill", json=asked | {"max_parallel": 2}).json()["max_parallel"] == 2
+    assert api.delete("/schedules/daily/backfill").json() == {"schedule": "daily", "cancelled": 1}
+    for body in (
+        {},
+        asked | {"from": "odd"},
+        asked | {"to": "2025-01-01"},
+        asked | {"max_parallel": 0},
+        {"start": "x", "end": "y"},
+    ):
+        is_problem(api.post("/schedules/daily/backfill", json=body), 422)
+    for path in ("/schedules/none", "/schedules/a%2Fb"):
+        is_problem(api.get(path), 404)
+    is_problem(api.post("/schedules/none/pause"), 404)
 
 
 def test_workflows_in_force_are_listed_shown_drawn_and_built(api: httpx.Client, engine: Engine) -> None:

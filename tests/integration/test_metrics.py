@@ -13,11 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from orchestrator.api import make_health
 from orchestrator.counters import Counters, field, read_field
 from orchestrator.engine import Engine
-from orchestrator.ledger import keys
+from orchestrator.events import Event
+from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings
-from orchestrator.workflows import Step, Workflow
+from orchestrator.subscriptions import OnEvent
+from orchestrator.workflows import Param, Step, Workflow
 from tests.conftest import wait_until
 from tests.integration.conftest import Place
 from tests.integration.test_api import Served, is_problem, put_in_force, start
@@ -78,6 +80,18 @@ def test_what_workers_do_is_counted_by_workflow_state_and_pool(place: Place) -> 
     place.engine.ledger.publish_workflows([])
 
 
+def test_a_run_that_was_refused_is_counted_as_failed(health: str, engine: Engine) -> None:
+    strict = Workflow(
+        name="strict", steps=(Step(id="a", task="tasks:noop"),), params={"n": Param(type="integer")},
+        on=(OnEvent(pattern={"type": ["t"]}),),
+    )  # fmt: skip
+    dispatcher = put_in_force(engine, strict)
+    dispatcher.dispatch(Event(id="1", source="s", type="t", time="2026-01-01T00:00:00Z"))
+    engine.counters.flush()
+    assert reader(health)("orchestrator_runs_total", workflow="strict", state="failed") == 1
+    assert reader(health)("orchestrator_events_total", verdict="refused") == 1
+
+
 def test_what_waits_is_told_by_pool_and_priority(health: str, engine: Engine) -> None:
     put_in_force(engine)
     start(engine)
@@ -129,8 +143,6 @@ def test_a_counter_of_any_labels_is_read_back() -> None:
 
 
 def test_what_could_not_be_handed_in_is_handed_in_later(own_server: Any, tmp_path: Any) -> None:
-    from orchestrator.ledger import Ledger
-
     ledger = Ledger(connect(own_server.url))
     counters = Counters(ledger)
     own_server.stop()
@@ -139,6 +151,7 @@ def test_what_could_not_be_handed_in_is_handed_in_later(own_server: Any, tmp_pat
     counters.flush()
     counters.add("x", 1)
     own_server.start()
+    counters.flush()
     counters.close()
     assert ledger.client.hgetall(keys.COUNTERS) == {
         "x": "3", "queue_seconds_bucket|pool=p,le=0.25": "1", "queue_seconds_sum|pool=p": "0.2"
