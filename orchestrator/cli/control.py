@@ -32,6 +32,7 @@ from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
 from triggers.beat import Beat
 from triggers.files import file_triggers
+from triggers.queue import queue_triggers
 from triggers.supervisor import Kind, TriggerSupervisor
 
 log = get_logger(__name__)
@@ -117,7 +118,10 @@ def _care_of(engine: Engine) -> list[LeadingService]:
 
 def _kinds_of_trigger(engine: Engine, bus: EventBus) -> tuple[Kind, ...]:
     settings = engine.settings
-    return (partial(file_triggers, marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s),)
+    return (
+        partial(file_triggers, marks=engine.ledger, emit=bus.publish, rescan_s=settings.rescan_s),
+        partial(queue_triggers, ledger=engine.ledger, emit=bus.publish),
+    )
 
 
 class Follower(Protocol):
