@@ -38,13 +38,13 @@ from orchestrator.telemetry import get_logger
 
 log = get_logger(__name__)
 
-#: Every reason: of steps, then of messages, then of events.
+#: Every reason: of steps, of messages, of events, of what came to a trigger.
 REASONS = (
     "error", "timeout", "memory", "worker_lost",
     "unknown_task",
     "envelope", "body", "content_type", "expired", "not_a_step",
     "not_an_event", "dispatch", "loop",
-    "notification",
+    "notification", "queue_message",
 )  # fmt: skip
 
 _DAY_S = 86_400

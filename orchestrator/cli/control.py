@@ -31,6 +31,7 @@ from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
 from triggers.beat import Beat
 from triggers.files import file_triggers
+from triggers.queue import queue_triggers
 from triggers.s3 import s3_triggers
 from triggers.supervisor import Kind, TriggerSupervisor
 
@@ -120,6 +121,7 @@ def _kinds_of_trigger(engine: Engine) -> tuple[Kind, ...]:
     return (
         partial(file_triggers, marks=engine.ledger, emit=engine.bus.publish, rescan_s=settings.rescan_s),
         partial(s3_triggers, engine=engine, emit=engine.bus.publish),
+        partial(queue_triggers, ledger=engine.ledger, emit=engine.bus.publish),
     )
 
 

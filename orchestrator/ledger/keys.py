@@ -164,6 +164,20 @@ def definitions_key(definitions: str) -> str:
     return f"{PREFIX}:definitions:{definitions}"
 
 
+def queue_keys(queue: str) -> list[str]:
+    """Return our keys beside a Redis list that somebody else fills, on its server: what was waited for and is not yet
+    taken (a list), what is taken (a hash, id -> message) and until when (a sorted set, ms); gone when they are empty.
+    """
+    return [f"{PREFIX}:queue:{{{queue}}}:{name}" for name in ("arrived", "taken", "until")]
+
+
+def taken_key(trigger: str) -> str:
+    """Hash id -> digest of the messages that a queue's trigger has taken and not yet acknowledged, where the broker
+    gives them no id of their own; TTL of a day.
+    """
+    return f"{PREFIX}:taken:{trigger}"
+
+
 def marks_key(source: str) -> str:
     """Hash path -> identity of the files that a watch has handled; permanent, each field lives as long as its file."""
     return f"{PREFIX}:marks:{source}"
