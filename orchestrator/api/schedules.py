@@ -54,9 +54,7 @@ def make_router(place: Place) -> APIRouter:
         asked = read_body(body, Backfill)
         request.state.entry.note(**{"from": asked.start, "to": asked.end, "dry_run": asked.dry_run or None})
         return Json(
-            schedules.backfill(
-                schedule, asked.start, asked.end, dry_run=asked.dry_run, max_parallel=asked.max_parallel
-            )
+            schedules.backfill(schedule, asked.start, asked.end, dry_run=asked.dry_run, max_parallel=asked.max_parallel)
         )
 
     @routes.delete("/schedules/{schedule}/backfill", **says(shapes.BackfillsCancelled, changes=True))
