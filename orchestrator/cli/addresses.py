@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator import tokens
-from orchestrator.engine import Engine
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
 from orchestrator.settings import Settings
 
@@ -108,11 +106,3 @@ def _port(url: str) -> int:
 def _url(host: str, listener: socket.socket) -> str:
     reachable = _ANYWHERE.get(host, host)
     return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{listener.getsockname()[1]}"
-
-
-def check_exposure(engine: Engine) -> None:
-    """Raise SettingsError if the API would be open to others than this machine without a token.
-
-    Raises UnavailableError if the ledger, which knows the tokens, is away.
-    """
-    tokens.check_exposure(engine.settings, tokens.Tokens(engine.ledger))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -16,6 +15,8 @@ from typing import Any, Protocol
 import redis
 
 from orchestrator.cli.access import load
+from orchestrator.cli.in_force import read_definitions, write_definitions
+from orchestrator.cli.output import say
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
@@ -23,7 +24,7 @@ from orchestrator.events import Event
 from orchestrator.keeper import Keeper
 from orchestrator.leading import LeadingService
 from orchestrator.ledger import keys
-from orchestrator.project import Project, code_files, definition_files
+from orchestrator.project import code_files, definition_files
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.telemetry import configure_logging, get_logger
@@ -37,31 +38,10 @@ from triggers.supervisor import Kind, TriggerSupervisor
 
 log = get_logger(__name__)
 
-#: In the data directory: the definitions in force, for `up` and the control process to tell each other.
-DEFINITIONS = "definitions.json"
 #: What the control process does; in production each may be a process of its own.
 ROLES = ("dispatcher", "trigger", "beat", "gateway")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
-
-
-def write_definitions(data_dir: Path, project: Project) -> None:
-    """Write the definitions in force, atomically. Raises UnavailableError."""
-    body = {"workflows": [w.to_json() for w in project.workflows.values()], "code_hash": project.code_hash}
-    draft = data_dir / f"{DEFINITIONS}.tmp"
-    try:
-        draft.write_text(json.dumps(body))
-        draft.replace(data_dir / DEFINITIONS)
-    except OSError as exc:
-        raise UnavailableError(
-            f"cannot write to the data directory {data_dir}: {exc.strerror}; free space, or fix its permissions"
-        ) from exc
-
-
-def read_definitions(data_dir: Path) -> tuple[list[Workflow], str]:
-    """Return (workflows, hash of the code) as last written."""
-    body = json.loads((data_dir / DEFINITIONS).read_text())
-    return [Workflow.from_json(workflow) for workflow in body["workflows"]], body["code_hash"]
 
 
 class _Watched:
@@ -253,9 +233,3 @@ def _reason(error: str) -> str:
     found = json.loads(error)
     where = f" in {found['step']}" if found.get("step") else ""
     return f"{where}: {found['type']}: {found['message'].splitlines()[0] if found['message'] else ''}"
-
-
-def say(line: str) -> None:
-    """Print one line for the person in front of `up`."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
-    sys.stdout.flush()

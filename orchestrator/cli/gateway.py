@@ -16,12 +16,13 @@ import redis
 
 from orchestrator.api import make_app, make_health
 from orchestrator.asgi import Asgi, Receive, Scope, Send
-from orchestrator.cli.addresses import check_exposure, listen
+from orchestrator.cli.addresses import listen
 from orchestrator.cli.http_server import HttpServer
 from orchestrator.engine import Engine
 from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.telemetry import get_logger
+from orchestrator.tokens import Tokens, check_exposure
 from orchestrator.workflows import Workflow
 from triggers.run_ends import RunEnds
 from triggers.webhook import HOOKS, Hooks
@@ -38,7 +39,7 @@ class Gateway:
     """
 
     def __init__(self, engine: Engine) -> None:
-        check_exposure(engine)
+        check_exposure(engine.settings, Tokens(engine.ledger))
         listeners = listen(engine.settings)
         self.url = listeners.url
         self.health_url = listeners.health_url

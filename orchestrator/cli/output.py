@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -85,3 +86,9 @@ def confirm(question: str, instead: str) -> None:
     if not sys.stdin.isatty():
         raise InputError(f"{question} nobody is there to be asked: give {instead}")
     typer.confirm(question, abort=True, err=True)
+
+
+def say(line: str) -> None:
+    """Print one line for the person in front of `up`."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
+    sys.stdout.flush()

@@ -24,8 +24,9 @@ from typing import IO
 import redis
 
 from orchestrator.cli.access import cli_command, load, with_servers
-from orchestrator.cli.addresses import addresses, check_exposure, listen
-from orchestrator.cli.control import DEFINITIONS, read_definitions, say, write_definitions
+from orchestrator.cli.addresses import addresses, listen
+from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
+from orchestrator.cli.output import say
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import AlreadyRunningError, DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.ledger import Ledger
@@ -33,6 +34,7 @@ from orchestrator.ledger.ledger import connect
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
 from orchestrator.subscriptions import OnFile
+from orchestrator.tokens import Tokens, check_exposure
 
 _POLL_S = 0.2
 #: Pause before a part that died is started again: the first, doubled each time that it dies young, and the longest.
@@ -210,13 +212,11 @@ class Up:
 
     def _claim_addresses(self) -> None:
         """See that the gateway can listen where it is to, and choose its ports; raises if it cannot."""
-        from orchestrator.engine import Engine
-
-        engine = Engine(with_servers(self._settings), patience_s=0.0)
+        ledger = Ledger(connect(with_servers(self._settings).ledger_url))
         try:
-            check_exposure(engine)
+            check_exposure(self._settings, Tokens(ledger))
         finally:
-            engine.close()
+            ledger.client.close()
         listen(self._settings).close()
 
     def _check_external(self) -> None:
