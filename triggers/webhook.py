@@ -202,6 +202,10 @@ class Hooks:
         self._commits.start()
         self._ends.start()
 
+    def release(self) -> None:
+        """Have deliveries that wait for runs answered without."""
+        self._ends.release()
+
     def stop(self) -> None:
         """End; returns when what was taken is on the bus, or refused."""
         self._commits.stop()
@@ -215,6 +219,8 @@ class Hooks:
             messages = exc.messages
         except UnavailableError:  # the log says why, and strangers need not know what is where
             messages = problem(503, "the delivery cannot be stored at present; deliver it again", _COME_AGAIN)
+        except asyncio.CancelledError:  # the server cannot wait any longer
+            messages = problem(503, "the gateway stops; deliver it again", _COME_AGAIN)
         await reply(send, messages)
 
     async def _respond(self, scope: Scope, receive: Receive) -> tuple[Message, Message]:
