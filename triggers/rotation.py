@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _Version = tuple[int, int, int] | None
 
 
 class Secrets:
-    """The secrets of one webhook. Of the environment they are what they were when this was made."""
+    """The secrets of one webhook, for any thread. Of the environment they are what they were when this was made."""
 
     def __init__(self, scheme: str, references: Sequence[str], named: Mapping[str, str]) -> None:
         self._scheme = scheme
@@ -24,10 +25,16 @@ class Secrets:
         self._outages = {reference: Outage(log, "secret") for reference in self._references}
         self._versions: dict[str, _Version] = {}
         self._values: dict[str, str] = {}
+        self._lock = threading.Lock()
         self.current()
 
     def current(self) -> list[str]:
         """Return those that can be read now; of a file that is gone nothing is left."""
+        with self._lock:
+            self._read()
+            return list(self._values.values())
+
+    def _read(self) -> None:
         for reference in self._references:
             version = _version(reference)
             if reference in self._versions and version == self._versions[reference]:
@@ -46,7 +53,6 @@ class Secrets:
             else:
                 self._outages[reference].begins(fault, secret=reference)
             self._versions[reference] = version
-        return list(self._values.values())
 
 
 def _version(reference: str) -> _Version:

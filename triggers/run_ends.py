@@ -28,6 +28,7 @@ class RunEnds:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._waiters: dict[str, list[_Waiter]] = {}
+        self._is_released = False
         self._service = Service("run-ends", self._loop)
 
     def start(self) -> None:
@@ -37,6 +38,14 @@ class RunEnds:
     def stop(self) -> None:
         """End."""
         self._service.stop()
+
+    def release(self) -> None:
+        """Let all who wait go on, and whoever comes yet, for no more will be told."""
+        with self._lock:
+            self._is_released = True
+            runs = list(self._waiters)
+        for run in runs:
+            self._tell(run)
 
     def outcome(self, run: str) -> tuple[str, str, str]:
         """Return state, payload of the output and JSON of the error of a run. Raises UnavailableError."""
@@ -48,11 +57,13 @@ class RunEnds:
 
     @contextmanager
     def expect(self, run: str) -> Iterator[asyncio.Future[None]]:
-        """Give what is done when the run has ended, whether it is there already or comes to be."""
+        """Give what is done when the run ends, whether it is there already or comes to be."""
         loop = asyncio.get_running_loop()
         waiter = (loop, loop.create_future())
         with self._lock:
             self._waiters.setdefault(run, []).append(waiter)
+            if self._is_released:
+                _settle(waiter[1])
         try:
             yield waiter[1]
         finally:

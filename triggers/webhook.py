@@ -202,6 +202,10 @@ class Hooks:
         self._commits.start()
         self._ends.start()
 
+    def release(self) -> None:
+        """Have deliveries that wait for runs answered without."""
+        self._ends.release()
+
     def stop(self) -> None:
         """End; returns when what was taken is on the bus, or refused."""
         self._commits.stop()
@@ -213,8 +217,10 @@ class Hooks:
             messages = await self._respond(scope, receive)
         except _AnswerError as exc:
             messages = exc.messages
-        except UnavailableError as exc:
-            messages = problem(503, f"{str(exc).partition(' at ')[0]}; deliver it again", _COME_AGAIN)
+        except UnavailableError:  # the log says why, and strangers need not know what is where
+            messages = problem(503, "the delivery cannot be stored at present; deliver it again", _COME_AGAIN)
+        except asyncio.CancelledError:  # the server cannot wait any longer
+            messages = problem(503, "the gateway stops; deliver it again", _COME_AGAIN)
         await reply(send, messages)
 
     async def _respond(self, scope: Scope, receive: Receive) -> tuple[Message, Message]:
@@ -291,10 +297,8 @@ class Hooks:
                         return outcome
                 while (left := until - asyncio.get_running_loop().time()) > 0:
                     await asyncio.wait(either, timeout=min(left, _LOOK_EVERY_S), return_when=asyncio.FIRST_COMPLETED)
-                    if ended.done():
-                        outcome = await asyncio.to_thread(self._outcome, run)
-                        if outcome is not None:
-                            return outcome
+                    if ended.done():  # or it has, and goes on again already
+                        return await asyncio.to_thread(self._outcome, run) or _accepted(taken, known, run=run)
                     if gone.done() or (hook.on.pattern is not None and await self._starts_nothing(run, event)):
                         return _accepted(taken, known)
             except OrchestratorError:  # of the ledger: the delivery was accepted all the same

@@ -70,6 +70,7 @@ class Gateway:
 
     def stop(self) -> None:
         """End; returns when what is in work is answered."""
+        self._hooks.release()
         for server in reversed(self._servers):
             server.stop()
         self._hooks.stop()

@@ -184,6 +184,8 @@ def test_up_tells_where_the_gateway_is(settings: Settings) -> None:
             url = addresses(data_dir)["url"]
             assert f"gateway   {url} (health " in log.read_text()
             seen.add(url)
+            assert httpx.get(f"{addresses(data_dir)['health_url']}/healthz").status_code == 200
+            assert [one["name"] for one in httpx.get(f"{url}/api/v1/workflows").json()["items"]] == ["noted"]
             key = {"Idempotency-Key": f"k{number}"}
             assert httpx.post(f"{url}/hooks/open", json={}, headers=key).status_code == 202
             wait_until(partial(_has_line, record, f"k{number}"), "the step has run", 60)
@@ -203,3 +205,29 @@ def test_up_refuses_a_port_in_use(settings: Settings) -> None:
     assert up.returncode != 0
     assert f"port {port} on 127.0.0.1 is in use" in up.stderr
     assert "Traceback" not in up.stderr
+
+
+@pytest.mark.parametrize("role", ["gateway", "up"])
+def test_an_address_for_others_needs_a_token(settings: Settings, role: str) -> None:
+    """And nothing listens before there is one."""
+    write_project(settings.project, PROJECT)
+    arguments = command(role, "--project", str(settings.project), "--host", "0.0.0.0")
+    ended = subprocess.run(
+        arguments, env=on_servers(settings, HOOK_SECRET="s"), capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode != 0
+    assert "orchestrator tokens create" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert addresses(settings.data_dir) == {}
+
+
+def test_faults_of_webhooks_are_told_all_at_once(settings: Settings) -> None:
+    other = "workflow: v\non:\n  - webhook: {path: open, schema: {type: 1}}\nsteps:\n  s: {task: 'tasks:note'}\n"
+    write_project(settings.project, PROJECT | {"workflows/other.yaml": other})
+    arguments = command("validate", "--project", str(settings.project))
+    ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    told = ended.stdout.splitlines()
+    assert any("noted.yaml:4: on.0.webhook.verify.github: secret env:HOOK_SECRET" in line for line in told)
+    assert any("on.0.webhook.schema.type: is no JSON Schema" in line for line in told)
+    assert any("the path 'open' is used twice" in line for line in told)

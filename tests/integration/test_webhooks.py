@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.cli.addresses import STATE, addresses, listen
 from orchestrator.cli.gateway import Gateway
 from orchestrator.engine import Engine
@@ -537,6 +538,21 @@ def test_sync_answers_with_what_the_run_came_to(sync: httpx.Client, engine: Engi
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: sync.post("/hooks/double", json={"n": n}).json()["output"], range(1, 17)))
     assert answers == [2 * n for n in range(1, 17)]
+
+
+def test_who_waits_for_a_run_is_answered_when_the_gateway_stops(engine: Engine) -> None:
+    """The delivery was accepted, and is not to come again."""
+    gateway = Gateway(engine)
+    gateway.apply([_workflow(OnWebhook(path="s", respond="sync", timeout_s=60))])
+    gateway.start()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{gateway.url}/hooks/s", json={}, timeout=30)
+        wait_until(lambda: engine.ledger.client.llen(EVENT_QUEUE), "the delivery is on the bus")
+        began = time.monotonic()
+        gateway.stop()
+        assert answer.result().status_code == 202
+        assert answer.result().headers["location"].startswith("/api/v1/runs/")
+        assert time.monotonic() - began < 5
 
 
 # The addresses
