@@ -171,11 +171,11 @@ def queue_keys(queue: str) -> list[str]:
     return [f"{PREFIX}:queue:{{{queue}}}:{name}" for name in ("arrived", "taken", "until")]
 
 
-def taken_key(trigger: str) -> str:
-    """Hash id -> digest of the messages that a queue's trigger has taken and not yet acknowledged, where the broker
-    gives them no id of their own; TTL of a day.
+def taken_keys(trigger: str) -> list[str]:
+    """Return the keys of what a queue's trigger has taken and not yet acknowledged, where the broker gives it no id: a
+    hash id -> digest and owner, and until when each owner is known to live (a sorted set, ms); TTL of a day.
     """
-    return f"{PREFIX}:taken:{trigger}"
+    return [f"{PREFIX}:taken:{{{trigger}}}:{name}" for name in ("ids", "owners")]
 
 
 def marks_key(source: str) -> str:
