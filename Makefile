@@ -44,8 +44,9 @@ format: $(BIN)/.installed ## Format the code
 
 check: lint test ## Lint and test
 
-bench: $(BIN)/.installed ## Compare with plain Celery on the same server
+bench: $(BIN)/.installed ## Compare with plain Celery on the same server, and measure the triggers
 	$(BIN)/python tests/benchmarks/bench.py $(BENCH_OPTIONS)
+	$(BIN)/python -m tests.benchmarks.triggers
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
