@@ -52,6 +52,21 @@ class EventBus:
             reason = exc.__cause__ or exc  # of a batch kombu says no more than that it failed
             raise UnavailableError(f"the broker at {self._where()} cannot take events: {reason}; see to it") from exc
 
+    def depth(self) -> int:
+        """Return how many events wait on the bus. Raises UnavailableError."""
+        try:
+            return self._depth()
+        except broker_errors(self._app):  # the connection may have been idle for too long: see _RETRY
+            pass
+        try:
+            return self._depth()
+        except broker_errors(self._app) as exc:
+            raise UnavailableError(f"the broker at {self._where()} does not answer: {exc}; see to it") from exc
+
+    def _depth(self) -> int:
+        with publishing(self._app) as producer:
+            return int(producer.channel.queue_declare(EVENT_QUEUE, durable=True, auto_delete=False).message_count)
+
     def consume(self, handle: Callable[[object, bytes], None], stop: threading.Event) -> None:
         """Give each message, as (decoded body, raw bytes), to `handle` until `stop` is set; blocks.
 

@@ -87,16 +87,24 @@ class ListingTrigger(LeadingService):
     """Emits an event for each object of a bucket that nobody told of.
 
     `emit` blocks until all of the events are durable and raises OrchestratorError or OSError if they are not; then the
-    page is listed again. What is kept in the ledger: `scopes` as below and `roots`, for which pass it is; `started`
-    (ms), `root` and `after`, how far; `finished`; `looks`, for each scope since when (ms, by the store) it is looked at
-    and whether a first pass has ended; `swept`, on which day.
+    page is listed again. While `is_full` no further page is. What is kept in the ledger: `scopes`, for which the pass
+    is; `started` (ms, by the ledger), `root` and `after`, how far it came; `finished`; `looks`, for each scope since
+    when it is looked at (ms, by the store) and whether a first pass has ended; `swept`, on which day.
     """
 
-    def __init__(self, bucket: Bucket, *, engine: Engine, emit: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        *,
+        engine: Engine,
+        emit: Callable[[Sequence[Event]], None],
+        is_full: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.role = f"s3-{digest('listing', bucket.source)[:12]}"
         super().__init__(engine)
         self._bucket = bucket
         self._emit = emit
+        self._is_full = is_full
         self._log = log.bind(bucket=bucket.name)
         self._store_outage = Outage(self._log, "s3_bucket")
         self._queue_outage = Outage(self._log, "s3_reconcile")
@@ -145,6 +153,8 @@ class ListingTrigger(LeadingService):
             if not self._is_queue_empty():
                 return _PERIOD_S
             self._begin(state, now_ms)
+        if self._is_full():
+            return _PERIOD_S
         self._list_page(state)
         if not _is_going_on(state):
             self._end(state)

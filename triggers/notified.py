@@ -32,6 +32,7 @@ _WAIT_S = 5
 _BACKOFF_S = (0.2, 30.0)
 _BUS_BACKOFF_S = (0.1, 5.0)
 _STOP_S = 10.0
+_FULL_S = 0.2
 
 log = get_logger(__name__)
 
@@ -40,7 +41,8 @@ class QueueTrigger:
     """Emits an event for each object that the messages of a queue tell of.
 
     `emit` blocks until all of the events are durable and raises OrchestratorError or OSError if they are not; then the
-    messages are kept, and it is tried again. Several triggers, in several processes, may share a queue.
+    messages are kept, and it is tried again. Several triggers, in several processes, may share a queue. While `is_full`
+    nothing is taken: messages wait on their queue, and not in our server's memory.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class QueueTrigger:
         *,
         ledger: Ledger,
         emit: Callable[[Sequence[Event]], None],
+        is_full: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._make = partial(_Receiving, queue, ledger, emit, clock)
+        self._make = partial(_Receiving, queue, ledger, emit, is_full, clock)
         self._receiving: _Receiving | None = None
         self._lock = threading.Lock()
 
@@ -82,11 +85,13 @@ class _Receiving:
         queue: Queue,
         ledger: Ledger,
         emit: Callable[[Sequence[Event]], None],
+        is_full: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._queue = queue
         self._ledger = ledger
         self._emit = emit
+        self._is_full = is_full
         self._clock = clock
         self._log = log.bind(queue=queue.name)
         self._outage = Outage(self._log, "s3_queue")
@@ -153,6 +158,9 @@ class _Receiving:
     # ---- one batch
 
     def _receive(self, wait_s: int) -> None:
+        while self._is_full():
+            if self._stopping.wait(_FULL_S):
+                raise _StoppedError
         client = self._connect()
         answer = client.receive_message(
             QueueUrl=self._url,
@@ -267,6 +275,9 @@ class _Receiving:
     def _begin_outage(self, error: Exception) -> None:
         if isinstance(error, store_errors()):
             self._outage.begins(describe_error(error))
+        elif isinstance(error, OrchestratorError):
+            self._bus_outage.begins(error)
+            return
         else:
             self._log.exception("s3_queue_crashed")
         with self._connecting:

@@ -35,17 +35,24 @@ from triggers.listing import Bucket, ListingTrigger, Scope
 from triggers.notified import QueueTrigger
 from triggers.supervisor import Trigger
 
+#: So many events may wait on the bus before we wait too: a bucket may have a million objects at the first look.
+BUS_FULL = 10_000
+
 
 def s3_triggers(
     workflows: Iterable[Workflow], *, engine: Engine, emit: Callable[[Sequence[Event]], None]
 ) -> dict[Hashable, Callable[[], Trigger]]:
     """Return what makes a trigger for each queue, and for each bucket, that workflows ask for."""
+
+    def is_full() -> bool:
+        return engine.bus.depth() >= BUS_FULL
+
     entries = [on for workflow in workflows for on in workflow.on if isinstance(on, OnS3)]
     found: dict[Hashable, Callable[[], Trigger]] = {}
     for queue in {queue_of(on) for on in entries if on.queue is not None}:
-        found[queue] = partial(QueueTrigger, queue, ledger=engine.ledger, emit=emit)
+        found[queue] = partial(QueueTrigger, queue, ledger=engine.ledger, emit=emit, is_full=is_full)
     for bucket in buckets_of(entries):
-        found[bucket] = partial(ListingTrigger, bucket, engine=engine, emit=emit)
+        found[bucket] = partial(ListingTrigger, bucket, engine=engine, emit=emit, is_full=is_full)
     return found
 
 

@@ -28,7 +28,7 @@ from orchestrator.ledger.ledger import Ledger
 from orchestrator.sightings import Sighting
 
 #: Into how many hashes the records of a bucket are divided.
-SHARDS = 65_536
+SHARDS = 16_384
 #: How long records outlive the last that was said of them, for a bucket that nobody watches any more.
 _TTL_S = 400 * 86_400
 _HEX = re.compile(r"[0-9A-F]+\Z")
@@ -132,7 +132,8 @@ class ObjectRecords:
     def _place(self, key: str) -> tuple[str, str]:
         """Return the hash and the field of a key's record."""
         hashed = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-        return keys.objects_key(self._bucket, hashed[:2].hex()), base64.urlsafe_b64encode(hashed[2:11]).decode()
+        shard = int.from_bytes(hashed[:2], "big") % SHARDS
+        return keys.objects_key(self._bucket, f"{shard:04x}"), base64.urlsafe_b64encode(hashed[2:11]).decode()
 
 
 def _short(text: str | None, size: int) -> str:

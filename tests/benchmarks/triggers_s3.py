@@ -1,9 +1,10 @@
 """How fast the S3 trigger is, on moto (which is the slower part) and the embedded server.
 
-    python tests/benchmarks/triggers_s3.py [--messages 2000] [--keys 100000]
+    python tests/benchmarks/triggers_s3.py [--messages 300] [--keys 100000]
 
 Prints JSON: notifications drained per second, beside what taking and deleting the same messages alone comes to on this
-moto; keys of a bucket claimed and confirmed per second, for the first time and when they are known; bytes a key.
+moto, and beside what the trigger does of it; from a put to the bus; keys of a bucket claimed and confirmed per second,
+for the first time and when they are known; bytes of memory a key.
 """
 
 from __future__ import annotations
@@ -28,23 +29,26 @@ from orchestrator.sightings import Sighting
 from tests.conftest import Server, wait_until
 from tests.moto import CREDENTIALS, Moto
 from triggers.aws import Queue
-from triggers.notified import QueueTrigger
+from triggers.notified import QueueTrigger, _Receiving
 
 _PAGE = 1000
+
+
+def body(n: int, bucket: str) -> str:
+    """Return a notification of an object of its own."""
+    entity = {"key": f"in/{n}", "size": n, "eTag": f"{n:032x}", "sequencer": f"{n:016X}"}
+    told = {
+        "eventSource": "aws:s3", "eventTime": "2026-01-02T03:04:05.678Z", "eventName": "ObjectCreated:Put",
+        "s3": {"bucket": {"name": bucket}, "object": entity},
+    }  # fmt: skip
+    return json.dumps({"Records": [told]})
 
 
 def fill(moto: Moto, url: str, count: int) -> None:
     """Put as many notifications on a queue, each of an object of its own."""
     client = moto.client("sqs")
     for first in range(0, count, 10):
-        entries = []
-        for n in range(first, min(first + 10, count)):
-            entity = {"key": f"in/{n}", "size": n, "eTag": f"{n:032x}", "sequencer": f"{n:016X}"}
-            told = {
-                "eventSource": "aws:s3", "eventTime": "2026-01-02T03:04:05.678Z", "eventName": "ObjectCreated:Put",
-                "s3": {"bucket": {"name": "bench"}, "object": entity},
-            }  # fmt: skip
-            entries.append({"Id": str(n), "MessageBody": json.dumps({"Records": [told]})})
+        entries = [{"Id": str(n), "MessageBody": body(n, "bench")} for n in range(first, min(first + 10, count))]
         client.send_message_batch(QueueUrl=url, Entries=entries)
 
 
@@ -66,6 +70,16 @@ def drained_per_s(moto: Moto, engine: Engine, count: int) -> float:
     trigger.stop()
     assert told == count
     return count / took_s
+
+
+def handled_per_s(engine: Engine, count: int) -> float:
+    """Have what messages tell on the bus, ten at a time, without a queue that they come from."""
+    handling = _Receiving(Queue(name="none"), engine.ledger, engine.bus.publish, lambda: False, time.time)
+    bodies = [body(n, "handled") for n in range(count)]
+    began = time.perf_counter()
+    for first in range(0, count, 10):
+        handling._handle(bodies[first : first + 10])
+    return count / (time.perf_counter() - began)
 
 
 def alone_per_s(moto: Moto, count: int) -> float:
@@ -131,7 +145,7 @@ def put_to_bus_ms(moto: Moto, engine: Engine, count: int = 50) -> dict[str, floa
     return {"p50": round(took[count // 2], 1), "p95": round(took[int(count * 0.95)], 1)}
 
 
-def measure(messages: int = 2000, keys: int = 100_000) -> dict[str, Any]:
+def measure(messages: int = 300, keys: int = 100_000) -> dict[str, Any]:
     """Return all figures."""
     os.environ.update(CREDENTIALS)
     with tempfile.TemporaryDirectory(prefix="bench-s3-") as name:
@@ -153,6 +167,7 @@ def measure(messages: int = 2000, keys: int = 100_000) -> dict[str, Any]:
             return {
                 "notifications_drained_per_s": round(drained_per_s(moto, engine, messages)),
                 "taken_and_deleted_alone_per_s": round(alone_per_s(moto, messages)),
+                "handled_without_queue_per_s": round(handled_per_s(engine, 5000)),
                 "put_to_bus_ms": put_to_bus_ms(moto, engine),
                 **keys_per_s(engine, keys),
             }
@@ -163,7 +178,7 @@ def measure(messages: int = 2000, keys: int = 100_000) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--messages", type=int, default=2000)
+    parser.add_argument("--messages", type=int, default=300)
     parser.add_argument("--keys", type=int, default=100_000)
     options = parser.parse_args()
     print(json.dumps(measure(options.messages, options.keys), indent=2))

@@ -197,7 +197,7 @@ def test_records_that_no_listing_has_seen_are_swept(engine: Engine, records: Obj
     tell(records, put("a"), put("a", key="l"))
     today = engine.ledger.now_ms() // 86_400_000
     assert records.sweep(0, SHARDS // 2, today) + records.sweep(SHARDS // 2, SHARDS, today) == 0
-    assert sum(records.sweep(first, first + 8192, today + 1) for first in range(0, SHARDS, 8192)) == 2
+    assert sum(records.sweep(first, first + 512, today + 1) for first in range(0, SHARDS, 512)) == 2
     assert claim(records, put("a")).verdict is NEW
 
 
@@ -220,4 +220,4 @@ def test_many_records_take_little_memory(engine: Engine, records: ObjectRecords)
     for first in range(0, 100_000, 1000):
         page = [put(f"{n}", sequencer=f"00{n:015X}F", key=f"some/prefix/{n}") for n in range(first, first + 1000)]
         records.confirm(records.claim([(one, How.TOLD) for one in page]))
-    assert (memory() - before) / 100_000 < 300
+    assert (memory() - before) / 100_000 < 200

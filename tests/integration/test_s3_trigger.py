@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from orchestrator.subscriptions import OnS3, s3_source
 from orchestrator.workflows import Step, Workflow
 from tests.conftest import capture_logs, wait_until
 from tests.moto import CREDENTIALS, Gate, Moto, arn
-from triggers import listing, notified
+from triggers import listing, notified, s3
 from triggers.bucket_checks import check_buckets, verdict_on
 from triggers.s3 import s3_triggers
 from triggers.supervisor import TriggerSupervisor
@@ -412,6 +414,32 @@ def test_a_queue_and_a_bucket_that_are_made_later(moto: Moto, watch: Watch, engi
     moto.bucket(name, queue=arn(f"q-{name}"))
     moto.client("s3").put_object(Bucket=name, Key="x", Body=b"x")
     watch.has("x")
+
+
+def test_when_much_waits_on_the_bus_objects_wait_where_they_are(
+    notifying: Place, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "BUS_FULL", 5)
+    monkeypatch.setattr(listing, "_PAGE", 1)
+    monkeypatch.setattr(notified, "_AT_ONCE", 1)
+    supervisor = TriggerSupervisor([partial(s3_triggers, engine=engine, emit=engine.bus.publish)])
+    step = Step(id="s", task="tasks:f")
+    stop = threading.Event()
+    seen: list[Any] = []
+    for n in range(12):
+        notifying.put(f"k{n:02}")
+    try:
+        supervisor.apply([Workflow(name="w", on=(notifying.on(reconcile_s=0.2),), steps=(step,))])
+        wait_until(lambda: engine.bus.depth() >= 5, "it is full")
+        wait_until(lambda: notifying.listed(engine).get("started") or not notifying.is_drained(), "it waits")
+        assert engine.bus.depth() <= 10  # as many as may be at work at once
+        consumer = threading.Thread(target=engine.bus.consume, args=(lambda body, raw: seen.append(body), stop))
+        consumer.start()
+        wait_until(lambda: len({body["id"] for body in seen}) == 12, "all went on")
+    finally:
+        supervisor.stop()
+        stop.set()
+        consumer.join()
 
 
 # ---- listings
