@@ -40,7 +40,7 @@ _PIPELINED = 16
 #: How long a peer may leave what we have sent unread.
 _UNREAD_S = 30.0
 #: What is still read of a body that nobody wants, for its sender to get the answer: else the connection is reset.
-_LINGER_S = 3.0
+_LINGER_S = 10.0
 _LINGER_BYTES = 64 * 1024 * 1024
 _SMALL_BYTES = 64 * 1024
 _START_S = 10.0
@@ -82,6 +82,13 @@ class Connection(HttpToolsProtocol):
         if self._unread is not None:
             self._unread.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection of a peer who has sent a request, and nothing more to come, until it is answered."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        return True
 
     def data_received(self, data: bytes) -> None:
         if self._ends or self.transport.is_closing():

@@ -162,6 +162,17 @@ def test_a_flood_of_headers_is_refused(served: Served, headers: bytes) -> None:
     assert served.requests == 0
 
 
+def test_who_has_no_more_to_send_is_still_answered(served: Served) -> None:
+    with served.connect() as peer:
+        peer.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
+        peer.shutdown(socket.SHUT_WR)
+        assert b'{"bytes": 3' in read_all(peer)
+    with served.connect() as peer:
+        peer.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nab")
+        peer.shutdown(socket.SHUT_WR)
+        assert read_all(peer) == b""
+
+
 @pytest.mark.parametrize(
     "start",
     [
@@ -184,7 +195,8 @@ def test_headers_extensions_and_trailers_without_end_are_not_kept(served: Served
     wait_until(lambda: not connections, "the connection is given up")
 
 
-def test_a_peer_who_floods_can_read_why_it_was_refused(served: Served) -> None:
+def test_a_peer_who_floods_can_read_why_it_was_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_LINGER_S", 5.0)
     with served.connect() as peer:
         peer.sendall(b"GET / HTTP/1.1\r\nX: ")
         for _ in range(100):
@@ -205,8 +217,9 @@ def test_what_is_not_http_is_refused(served: Served, junk: bytes) -> None:
     assert status(served.ask(junk)) == 400
 
 
-def test_an_early_answer_reaches_who_is_still_sending(served: Served) -> None:
+def test_an_early_answer_reaches_who_is_still_sending(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is closed with bytes unread is reset, and the answer may be lost with it."""
+    monkeypatch.setattr(http_server, "_LINGER_S", 20.0)
     for _ in range(5):
         with served.connect() as peer:
             peer.sendall(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n")
