@@ -102,22 +102,25 @@ class Beat(LeadingService):
         self._bus = bus
         self._clock = clock
         self._store = ScheduleStore(self._engine.ledger.client)
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards the next two: what is in force, and since when
         self._wanted: dict[str, Schedule] = {}
-        self._applied_at = clock()
+        self._since: dict[str, datetime] = {}
         #: Of the leader: what is in work, by the schedules and pauses that it was made of; stale: to be read anew.
         self._entries: dict[str, _Entry] = {}
         self._made_of: tuple[dict[str, Schedule], set[str]] = ({}, set())
         self._is_stale = True
         #: Since when this process is there, and when its last turn ended: it may have been suspended meanwhile.
-        self._here_since = self._turned_at = self._applied_at
+        self._here_since = self._turned_at = clock()
 
     def apply(self, workflows: Iterable[Workflow]) -> None:
         """Put definitions in force; their schedules are followed from the next turn on."""
-        wanted = schedules_of(workflows)
+        wanted, now = schedules_of(workflows), self._clock()
         with self._lock:
-            if wanted != self._wanted:
-                self._wanted, self._applied_at = wanted, self._clock()
+            same = {
+                name for name, before in self._wanted.items() if name in wanted and before.digest == wanted[name].digest
+            }
+            self._since = {name: self._since[name] if name in same else now for name in wanted}
+            self._wanted = wanted
 
     def _loop(self, stopping: threading.Event) -> None:
         make = partial(_Scheduler, self, stopping)
@@ -138,10 +141,10 @@ class Beat(LeadingService):
 
     def _lead_on(self, now: datetime) -> float:
         with self._lock:
-            wanted, applied_at = self._wanted, self._applied_at
+            wanted, since = self._wanted, self._since
         paused = set(self._store.paused())
         if self._is_stale or self._made_of != (wanted, paused):
-            self._entries = self._take_up(wanted, min(applied_at, now), now)
+            self._entries = self._take_up(wanted, since, now)
             self._made_of, self._is_stale = (wanted, paused), False
         entries = self._entries
         if any(moment_of(one.state.cursor) > now + _AHEAD for one in entries.values()):
@@ -161,13 +164,15 @@ class Beat(LeadingService):
 
     # How far schedules have come
 
-    def _take_up(self, wanted: dict[str, Schedule], applied_at: datetime, now: datetime) -> dict[str, _Entry]:
+    def _take_up(
+        self, wanted: Mapping[str, Schedule], since: Mapping[str, datetime], now: datetime
+    ) -> dict[str, _Entry]:
         """Read the records; write those of what is new, has changed or is gone."""
         known = self._store.states()
         rows: list[tuple[str, str, State | None]] = []
         for name, schedule in wanted.items():
             text, state = known.get(name, ("", None))
-            rows.append((name, text, _brought_up(schedule, state, applied_at, now)))
+            rows.append((name, text, _brought_up(schedule, state, min(since[name], now), now)))
         for name in known.keys() - wanted.keys():
             text, state = known[name]
             if not state.removed:
@@ -329,17 +334,17 @@ def _next_at(schedule: Schedule, after: datetime) -> datetime | None:
     return None if due is None else due.at + jitter(schedule.name, schedule.on, due)
 
 
-def _brought_up(schedule: Schedule, state: State | None, applied_at: datetime, now: datetime) -> State:
-    """Return the record of a schedule in force, made from the one that there was."""
+def _brought_up(schedule: Schedule, state: State | None, since: datetime, now: datetime) -> State:
+    """Return the record of a schedule that is in force since then, made from the one that there was."""
     if state is None:
-        begin, start = applied_at, schedule.on.start
+        begin, start = since, schedule.on.start
         if start is not None and schedule.on.catchup != "none":
             begin = min(begin, parse_moment(start, schedule.on.timezone) - _TICK)
         return State(digest=schedule.digest, cursor=micros(begin))
     if moment_of(state.cursor) > now + _AHEAD:
         state = replace(state, cursor=micros(now))
     if state.removed or state.digest != schedule.digest:
-        state = replace(state, cursor=max(state.cursor, micros(applied_at)), digest=schedule.digest, removed=0)
+        state = replace(state, cursor=max(state.cursor, micros(since)), digest=schedule.digest, removed=0)
     return state
 
 

@@ -22,8 +22,9 @@ from tests.conftest import command, on_servers, wait_until, write_project
 EVERY_MS = 100
 FILES = {
     "tasks.py": "def a():\n    pass\n",
-    "workflows/w.yaml": f"workflow: w\non: [{{schedule: {{every: {EVERY_MS}ms}}}}]\n"
-    "steps: {a: {task: 'tasks:a'}}\n",
+    "workflows/w.yaml": (
+        f"workflow: w\non: [{{schedule: {{every: {EVERY_MS}ms}}}}]\nsteps: {{a: {{task: 'tasks:a'}}}}\n"
+    ),
 }
 
 

@@ -23,7 +23,9 @@ from orchestrator.settings import Settings
 from orchestrator.subscriptions import OnQueue
 from tests.acceptance.rabbitmq import RabbitMQ
 from tests.conftest import Server, capture_logs, command, on_servers, wait_until, write_project
+from triggers import queue_amqp
 from triggers.queue import QueueTrigger
+from triggers.queue_amqp import AmqpSource
 
 
 def on_bus(engine: Engine) -> list[Event]:
@@ -109,11 +111,12 @@ def test_redis_with_kills(settings: Settings, engine: Engine, server: Server, so
 @pytest.fixture
 def jobs(rabbitmq: RabbitMQ) -> Iterator[OnQueue]:
     """Somebody else's queue, with arguments that we do not know of."""
+    queue = Queue("jobs", durable=True, queue_arguments={"x-max-length": 100_000})
     with Connection(rabbitmq.url) as connection:
-        queue = Queue("jobs", durable=True, queue_arguments={"x-max-length": 100_000})(connection.default_channel)
-        queue.declare()
-        yield OnQueue(url=rabbitmq.url, queue="jobs")
-        queue.delete()
+        queue(connection.default_channel).declare()
+    yield OnQueue(url=rabbitmq.url, queue="jobs")
+    with Connection(rabbitmq.url) as connection:
+        queue(connection.default_channel).delete()
 
 
 def put(url: str, bodies: Sequence[Any], **options: Any) -> None:
@@ -213,3 +216,34 @@ def test_connections_that_break(start: Any, engine: Engine, jobs: OnQueue, rabbi
         wait_until(lambda: rabbitmq.depth("jobs") == (0, 0), "all are acknowledged")
     found += on_bus(engine)
     assert len({event.id for event in found}) == 1000
+
+
+def test_what_a_killed_owner_had_comes_again_under_its_ids(
+    engine: Engine, jobs: OnQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal messages keep ids of their own, over two kills, and only when the owner is known to live no more."""
+    monkeypatch.setattr(queue_amqp, "OWNER_MS", 800)
+    put(jobs.url, ["1", "1", "2"])
+
+    def source() -> AmqpSource:
+        return AmqpSource(jobs.url, "jobs", trigger="t", ledger=engine.ledger)
+
+    def take(one: AmqpSource, count: int) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        wait_until(lambda: found.update({m.id: m.body for m in one.take(0.1)}) or len(found) >= count, "all are taken")
+        return found
+
+    first = source()
+    ids = take(first, 3)
+    assert sorted(ids.values()) == [b"1", b"1", b"2"]
+    for _ in range(2):
+        first._connection.collect()
+        put(jobs.url, ["3"])
+        second = source()
+        again = take(second, len(ids) + 1)
+        assert ids.items() <= again.items()
+        ids, first = again, second
+    first.close()
+    last = source()
+    assert set(take(last, len(ids))) == set(ids)
+    last.close()
