@@ -33,7 +33,7 @@ from tests.chaos.acts import Hand, InProcess, Operator
 from tests.chaos.processes import environment, server_url
 from tests.chaos.record import Journal
 from tests.chaos.sources import Sources
-from tests.chaos.workload import EVENT_TYPE, FOLLOWED, KINDS, Expected, Will
+from tests.chaos.workload import EVENT_TYPE, FOLLOWED, KINDS, TRIGGERED, Expected, Will
 
 SOURCE = "chaos"
 
@@ -343,11 +343,12 @@ class Load:
             self.send(kind)
 
     def run(self, limit: int) -> None:
-        """Start rounds, as long as few enough runs are in flight, until told to stop."""
+        """Start rounds, as long as few enough runs of events and files are in flight, until told to stop."""
         number = 0
         while not self.stop.is_set():
             self.refresh()
-            if self.in_flight < limit:
+            busy = len(self._files) + sum(1 for one in self.open.values() if one.kind.name not in TRIGGERED)
+            if busy < limit:
                 self.round(number)
                 number += 1
             self.stop.wait(0.3)

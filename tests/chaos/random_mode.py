@@ -20,8 +20,8 @@ from tests.chaos.workload import TRIGGERED, write_project
 
 #: No progress for so long, with nobody killed any more, means that something is lost.
 STUCK_S = 120.0
-#: Rounds start while fewer runs than this are in flight.
-_IN_FLIGHT = 24
+#: Rounds start while fewer runs of events and files than this are in flight.
+_IN_FLIGHT = 18
 #: Between two cuts of the connections to the store, on average.
 _CUT_S = 8.0
 

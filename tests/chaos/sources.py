@@ -68,8 +68,10 @@ class Sources:
         """Start a store; it is not killed, for what it has is in its memory, but connections to it are cut."""
         self._moto = Moto(self._work)
         self._moto.start()
-        self._queues = {name: self._moto.queue(name) for name in (NOTIFICATIONS, "queued")}
-        self._moto.bucket(BUCKET, queue=arn(NOTIFICATIONS))
+        self._queues = {"queued": self._moto.queue("queued")}
+        if "object" in self._kinds:
+            self._queues[NOTIFICATIONS] = self._moto.queue(NOTIFICATIONS)
+            self._moto.bucket(BUCKET, queue=arn(NOTIFICATIONS))
         self._s3, self._sqs = self._moto.client("s3"), self._moto.client("sqs")
         self._proxy = Proxy(self._moto.url)
         self.env |= CREDENTIALS | {"AWS_ENDPOINT_URL": self._proxy.url}
