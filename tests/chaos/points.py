@@ -112,11 +112,16 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("emit.after", ("gateway",), "answered"),
     # An object: claimed, on the bus, confirmed; its message deleted.
     *_one("claim.after", ("trigger", "server-trigger"), "object"),
+    *_one("emit.before", ("trigger",), "object"),
     *_one("confirm.before", ("trigger", "server-trigger"), "object"),
     *_one("delete.before", ("trigger",), "object"),
+    # One that is found in a listing: claimed, on the bus, confirmed; the listing has come so far.
+    *_one("claim.after", ("trigger",), "polled"),
+    *_one("confirm.before", ("trigger", "server-trigger"), "polled"),
+    *_one("confirm.after", ("trigger",), "polled"),
     # A message of a queue: taken, on the bus, let go of.
     *_one("taken.after", ("trigger",), "listed"),
-    *_one("emit.before", ("server-trigger",), "listed"),
+    *_one("emit.before", ("trigger", "server-trigger"), "listed"),
     *_one("settle.before", ("trigger",), "listed"),
     *_one("settle_sqs.before", ("trigger",), "queued"),
     # A due time: on the bus, the schedule moved on.

@@ -109,6 +109,9 @@ POINTS = {
     "confirm.before": Point(
         "orchestrator.ledger.objects:ObjectRecords.confirm", "before", lambda given, _: bool(given[1])
     ),
+    "confirm.after": Point(
+        "orchestrator.ledger.objects:ObjectRecords.confirm", "after", lambda given, _: bool(given[1])
+    ),
     "delete.before": Point("triggers.notified:_Receiving._delete", "before", lambda given, _: bool(given[1])),
     "taken.after": Point("triggers.queue_redis:RedisSource.take", "after", lambda _, taken: bool(taken)),
     "settle.before": Point("triggers.queue_redis:RedisSource.settle", "before"),

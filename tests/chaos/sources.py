@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from orchestrator.ledger import keys
 from orchestrator.runs import run_id
 from tests.acceptance.proxy import Proxy
 from tests.chaos.processes import Role, System
-from tests.chaos.workload import BUCKET, KINDS, NOTIFICATIONS, Expected
+from tests.chaos.workload import BUCKET, KINDS, NOTIFICATIONS, POLLED_BUCKET, TOLD, Expected
 from tests.moto import CREDENTIALS, Moto, arn
 
 _SECRET = "chaos"
@@ -37,6 +37,7 @@ _INSIST_S = 180.0
 _DRAIN_S = 100.0
 #: Of deliveries, so many come again after they were accepted.
 _AGAIN = 0.3
+_BUCKETS = {"object": BUCKET, "polled": POLLED_BUCKET}
 _NOWHERE = "http://127.0.0.1:1"
 #: Pushes a message once, however often it is tried.
 _PUSH = "if redis.call('SADD', KEYS[1], ARGV[1]) == 1 then redis.call('LPUSH', KEYS[2], ARGV[2]) end"
@@ -58,10 +59,14 @@ class Sources:
         self._list_dir = work / "list"
         self._moto: Moto | None = None
         self._proxy: Proxy | None = None
+        self._senders: dict[str, Callable[[str, int], Expected]] = {
+            "hooked": self._deliver, "answered": self._deliver, "object": self._put, "polled": self._put,
+            "listed": self._push, "queued": self._queue,
+        }  # fmt: skip
         self.wrong: list[str] = []
         self.cuts = 0
         self.env = {"CHAOS_SECRET": _SECRET}
-        if {"object", "queued"} & set(kinds):
+        if {"object", "polled", "queued"} & set(kinds):
             self._start_moto()
 
     def _start_moto(self) -> None:
@@ -69,10 +74,17 @@ class Sources:
         self._moto = Moto(self._work)
         self._moto.start()
         self._queues = {"queued": self._moto.queue("queued")}
+        self._s3, self._sqs = self._moto.client("s3"), self._moto.client("sqs")
+        for kind, bucket in _BUCKETS.items():
+            if kind in self._kinds:
+                self._s3.create_bucket(Bucket=bucket)
         if "object" in self._kinds:
             self._queues[NOTIFICATIONS] = self._moto.queue(NOTIFICATIONS)
-            self._moto.bucket(BUCKET, queue=arn(NOTIFICATIONS))
-        self._s3, self._sqs = self._moto.client("s3"), self._moto.client("sqs")
+            told = {"Key": {"FilterRules": [{"Name": "suffix", "Value": TOLD}]}}
+            how = {"QueueArn": arn(NOTIFICATIONS), "Events": ["s3:ObjectCreated:*"], "Filter": told}
+            self._s3.put_bucket_notification_configuration(
+                Bucket=BUCKET, NotificationConfiguration={"QueueConfigurations": [how]}
+            )
         self._proxy = Proxy(self._moto.url)
         self.env |= CREDENTIALS | {"AWS_ENDPOINT_URL": self._proxy.url}
         self.env["CHAOS_SQS_URL"] = self._proxy.url.replace("http://", "sqs://") + "?region=us-east-1"
@@ -103,10 +115,7 @@ class Sources:
         """Have the next thing of a kind sent, by another thread."""
         number = self._numbers[kind]
         self._numbers[kind] += 1
-        send = {"object": self._put, "listed": self._push, "queued": self._queue}.get(kind)
-        self._futures.append(
-            self._pool.submit(send, number) if send is not None else self._pool.submit(self._deliver, kind, number)
-        )
+        self._futures.append(self._pool.submit(self._senders[kind], kind, number))
 
     @property
     def pending(self) -> int:
@@ -143,23 +152,23 @@ class Sources:
 
     # The senders
 
-    def _put(self, number: int) -> Expected:
-        """Put an object of so many bytes; each second one overwrites another."""
-        self._s3.put_object(Bucket=BUCKET, Key=f"in/ü {number // 2}+.txt", Body=b"x" * number)
-        return Expected("", KINDS["object"], {"size": number})
+    def _put(self, kind: str, number: int) -> Expected:
+        """Put an object of so many bytes. Of four that notify, one does not; of the others two are of one name."""
+        is_told = kind == "object" and number % 4 != 3
+        name = f"ü {number // 2}+{TOLD}" if is_told else f"{number}.csv"
+        self._s3.put_object(Bucket=_BUCKETS[kind], Key=f"in/{name}", Body=b"x" * number)
+        return Expected("", KINDS[kind], {"size": number})
 
-    def _queue(self, number: int) -> Expected:
-        sent = self._sqs.send_message(QueueUrl=self._queues["queued"], MessageBody=json.dumps({"x": number}))
-        return Expected(
-            run_id("queued", "orchestrator:queue/queued", sent["MessageId"]), KINDS["queued"], {"x": number}
-        )
+    def _queue(self, kind: str, number: int) -> Expected:
+        sent = self._sqs.send_message(QueueUrl=self._queues[kind], MessageBody=json.dumps({"x": number}))
+        return Expected(run_id(kind, f"orchestrator:queue/{kind}", sent["MessageId"]), KINDS[kind], {"x": number})
 
-    def _push(self, number: int) -> Expected:
+    def _push(self, kind: str, number: int) -> Expected:
         until = time.monotonic() + _INSIST_S
         while True:
             try:
-                self._list.eval(_PUSH, 2, "sent", "listed", str(number), json.dumps({"x": number}))
-                return Expected("", KINDS["listed"], {"x": number})
+                self._list.eval(_PUSH, 2, "sent", kind, str(number), json.dumps({"x": number}))
+                return Expected("", KINDS[kind], {"x": number})
             except redis.RedisError:
                 if time.monotonic() > until:
                     raise

@@ -20,8 +20,9 @@ EVENT_TYPE = "chaos."
 RECORD = "record"
 #: Directories beside the record: which crashes have been, and which runs are mended.
 CRASHES, MENDED = "crashes", "mended"
-#: The bucket, and the queue that its notifications go to.
-BUCKET, NOTIFICATIONS = "chaos", "notifications"
+#: The bucket that notifies a queue, but of names that end in TOLD alone; and one that does not.
+BUCKET, NOTIFICATIONS, TOLD = "chaos", "notifications", ".txt"
+POLLED_BUCKET = "polled"
 
 TASKS = '''
 """Bodies that say on disk, in one write each, that they begin and that they end."""
@@ -449,10 +450,9 @@ def _queue(name: str, url: str) -> Kind:
     return _sent(name, {"queue": {"url": f"env:{url}", "queue": name}}, at="event.data.body.")
 
 
-def _object() -> Kind:
-    """An object of N bytes; the bucket is listed now and then, too."""
-    on = {"bucket": BUCKET, "prefix": "in/", "queue": NOTIFICATIONS, "reconcile": "20s"}
-    return _sent("object", {"s3": on}, at="event.data.", param="size")
+def _object(name: str, bucket: str, **options: str) -> Kind:
+    """An object of N bytes."""
+    return _sent(name, {"s3": {"bucket": bucket, "prefix": "in/", **options}}, at="event.data.", param="size")
 
 
 def _tick() -> Kind:
@@ -483,13 +483,14 @@ KINDS: dict[str, Kind] = {
     for kind in (
         _chain(), _diamond(), _tangle(), _fan(), _wide(), _shared(), _nested(), _long(), _take(),
         _flaky(), _crashy(), _hang(), _mend(), _outer(), _slow(), _slow_inner(),
-        _hook("hooked"), _hook("answered", respond="sync", timeout="5s"), _object(),
+        _hook("hooked"), _hook("answered", respond="sync", timeout="5s"),
+        _object("object", BUCKET, queue=NOTIFICATIONS, reconcile="20s"), _object("polled", POLLED_BUCKET, poll="2s"),
         _queue("listed", "CHAOS_LIST_URL"), _queue("queued", "CHAOS_SQS_URL"), _tick(), _after(),
     )
 }  # fmt: skip
 #: Those that are started by what is beside the system (sources.py), the clock, or other runs; a project has them if it
 #: says so.
-TRIGGERED = ("hooked", "answered", "object", "listed", "queued", "tick", "after")
+TRIGGERED = ("hooked", "answered", "object", "polled", "listed", "queued", "tick", "after")
 
 
 class Will(StrEnum):
