@@ -246,6 +246,7 @@ def test_whoever_asks_from_when_finds_the_same(on: OnSchedule, after: datetime, 
         assert last_due(on, found[skip].at - timedelta(microseconds=1)) == found[skip - 1]
 
 
+@settings(deadline=None)
 @given(seconds=st.floats(0, 86400), due=MOMENTS)
 def test_jitter_depends_on_name_and_time_alone(seconds: float, due: datetime) -> None:
     on = OnSchedule(every_s=1, jitter_s=seconds)
