@@ -11,7 +11,10 @@ from orchestrator.errors import one_line
 
 _CONNECT_S, _READ_S = 5.0, 20.0
 _ARN = re.compile(r"arn:(?P<partition>[a-z-]+):sqs:(?P<region>[a-z0-9-]+):(?P<account>\d{12}):(?P<name>.+)\Z")
-_AWS_HOST = re.compile(r"(?:sqs\.(?P<region>[a-z0-9-]+)|(?P<legacy>[a-z0-9-]+)\.queue)\.amazonaws\.com(\.cn)?\Z")
+#: A queue's host on AWS, by whichever endpoint (of a VPC, FIPS, the old form), and its region.
+_AWS_HOST = re.compile(
+    r"(?:.*\.)?(?:sqs(?:-fips)?\.(?P<region>[a-z0-9-]+)|(?P<legacy>[a-z0-9-]+)\.queue)\..*(?:amazonaws|api\.aws)"
+)
 
 #: What to do about it, by the code of an error.
 _ADVICE = {
@@ -19,6 +22,8 @@ _ADVICE = {
     "ExpiredToken": "renew the credentials",
     "InvalidAccessKeyId": "see to the credentials",
     "InvalidClientTokenId": "see to the credentials",
+    "NoCredentialsError": "give boto3 some, as by AWS_PROFILE",
+    "NoRegionError": "give the entry a `region`, or set AWS_DEFAULT_REGION",
     "NoSuchBucket": "make the bucket, or correct its name",
     "NonExistentQueue": "make the queue, or correct its name",
     "QueueDoesNotExist": "make the queue, or correct its name",
@@ -48,10 +53,9 @@ def sqs_client(queue: Queue, *, patience: int = 2, read_s: float = _READ_S) -> A
         region = arn["region"]
     elif "://" in queue.name:
         parts = urlsplit(queue.name)
+        endpoint_url = f"{parts.scheme}://{parts.netloc}"
         if aws := _AWS_HOST.match(parts.hostname or ""):
-            region, endpoint_url = aws["region"] or aws["legacy"], None
-        else:
-            endpoint_url = f"{parts.scheme}://{parts.netloc}"
+            region = aws["region"] or aws["legacy"]
     return _client("sqs", region, endpoint_url, patience, read_s)
 
 

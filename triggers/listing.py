@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import quote
 
 from orchestrator.engine import Engine
 from orchestrator.events import Event, digest
@@ -51,7 +52,7 @@ class Scope:
 
     @property
     def name(self) -> str:
-        return f"{self.prefix}*{self.suffix}"
+        return f"{quote(self.prefix)}*{quote(self.suffix)}"
 
     def has(self, key: str) -> bool:
         fits = key.startswith(self.prefix) and key.endswith(self.suffix)
@@ -81,6 +82,10 @@ class Bucket:
             if not roots or not prefix.startswith(roots[-1]):
                 roots.append(prefix)
         return roots
+
+
+class _StoppedError(Exception):
+    """Control flow: stop was asked for in the middle of a page, which is listed again."""
 
 
 class ListingTrigger(LeadingService):
@@ -114,6 +119,7 @@ class ListingTrigger(LeadingService):
         self._leads_since_ms: int | None = None
         self._waits_since: float | None = None
         self._quiet_since: float | None = None
+        self._emitted = 0  # in this pass
         self._client: Any = None
         self._queue_clients: dict[Queue, tuple[Any, str]] = {}
         self._retry_at, self._backoff_s = 0.0, _BACKOFF_S[0]
@@ -128,14 +134,15 @@ class ListingTrigger(LeadingService):
         if time.monotonic() < self._retry_at:
             return _PERIOD_S
         try:
-            wait_s = self._go_on(now_ms)
+            return self._go_on(now_ms)
+        except _StoppedError:
+            return 0.0
         except store_errors() as exc:
             self._store_outage.begins(describe_error(exc))
             self._client = None  # the next one finds the credentials that there are then
             self._retry_at = time.monotonic() + self._backoff_s
             self._backoff_s = min(self._backoff_s * 2, _BACKOFF_S[1])
             return _PERIOD_S
-        return wait_s
 
     def _go_on(self, now_ms: int) -> float:
         if self._state is None:
@@ -185,7 +192,9 @@ class ListingTrigger(LeadingService):
             look["done"] = True
         self._records.keep_listing(state)
         self._waits_since = None
-        self._log.info("s3_bucket_listed")
+        if self._emitted:
+            self._log.info("s3_objects_found", count=self._emitted)
+        self._emitted = 0
 
     # ---- a page
 
@@ -225,8 +234,11 @@ class ListingTrigger(LeadingService):
 
     def _emit_all(self, claims: Sequence[Claim]) -> None:
         source, name = self._bucket.source, self._bucket.name
+        if self._service.stopping.is_set():  # who waits for the end may have waited for S3 for too long
+            raise _StoppedError
         self._emit([claim.sighting.event(source, name, claim.event_id) for claim in claims])
         self._records.confirm(claims)
+        self._emitted += len(claims)
 
     def _how(self, sighting: Sighting, looks: dict[str, dict[str, Any]]) -> How | None:
         """Say what is to become of what a listing shows; None if nobody asks for it."""

@@ -2,8 +2,8 @@
 
 Each receiver takes up to ten messages, has their events on the bus, and only then deletes them. While they are in its
 hands their visibility is renewed, so that an outage of the bus neither gives them to somebody else nor counts as a
-receive, of which the queue's owner may allow a few only. One receiver waits for messages; the others help while there
-are more than one call brings. What nobody can read is set aside, with its bytes, and deleted.
+receive, of which the queue's owner may allow a few only. One receiver waits for messages; another helps while there are
+more than one call brings. What nobody can read is set aside, with its bytes, and deleted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orchestrator.telemetry import Outage, get_logger
 from triggers.aws import Queue, describe_error, queue_url, sqs_client, store_errors
 from triggers.notifications import Told, UnreadableError, read_notification
 
-_RECEIVERS = 4
+_RECEIVERS = 2
 _AT_ONCE = 10
 #: How long a message stays ours without being renewed: after kill -9 somebody else has it that much later.
 _VISIBILITY_S = 15

@@ -60,6 +60,8 @@ log = get_logger(__name__)
 _T = TypeVar("_T")
 
 _RUNS_KNOWN = 128
+#: No time in ms is later.
+_LATEST_MS = 2**53
 #: Outcomes of attempts that metrics count.
 _COUNTED = frozenset({"succeeded", "failed", "skipped", "cancelled", "retrying"})
 #: A function that cannot be found is looked for again after this long.
@@ -169,9 +171,7 @@ class StepRunner:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
             answer = self._ledger.begin(run, units, self._how(run))
-            if answer.taken is not None and queued_ms is not None:
-                waited_s = max(0.0, time.time() - queued_ms / 1000)
-                self._engine.counters.observe("queue_seconds", waited_s, pool=self._pool)
+            begun = time.time() if answer.taken is not None else None
             while answer.taken is not None:
                 taken = answer.taken
                 if taken.unit != unit:
@@ -186,6 +186,8 @@ class StepRunner:
             if self._slots is not None:
                 self._slots.clear(self._slot)
         self._publish(run, answer.publish)
+        if begun is not None and queued_ms is not None:
+            self._engine.counters.observe("queue_seconds", max(0.0, begun - queued_ms / 1000), pool=self._pool)
         if answer.verdict == "refused":
             log.error(
                 "step_was_taken_over", run=run, unit=unit, reason="its lease had run out; its outcome is not kept"
@@ -597,8 +599,11 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
             units = [step, *(signature["args"][1] for signature in reversed(following))]
         if self.runner.is_draining:
             raise Reject("the worker stops", requeue=True)
+        queued_ms = self.request.get(QUEUED_AT)
+        if not isinstance(queued_ms, int) or not 0 < queued_ms < _LATEST_MS:  # whoever published it
+            queued_ms = None
         try:
-            self.runner.carry(run, units, self.request.get(QUEUED_AT))
+            self.runner.carry(run, units, queued_ms)
         except UnavailableError as exc:
             # Nothing but the message may know of a unit that was not begun.
             self.runner.outage.begins(exc)

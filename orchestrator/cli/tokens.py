@@ -82,4 +82,7 @@ def revoke(name: str, project: ProjectOption = None, data_dir: DataDirOption = N
     with engine_of(settings_of(project, data_dir)) as engine:
         with _changing(engine, "revoke_token", name) as tokens:
             tokens.revoke(name)
+            is_last = not tokens.list()
     print(f"revoked {name}")
+    if is_last:
+        print("that was the last one: on loopback the API is open to this machine again, elsewhere to nobody")

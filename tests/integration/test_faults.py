@@ -338,7 +338,7 @@ def test_what_was_taken_is_watched_while_the_rest_is_published(
     runner = StepRunner(engine, Identity("w", ""), pool="default", slots=slots, slot=0)
     seen = []
 
-    def publish(run: str, rows: Sequence[str], *, plan: Plan | None = None) -> None:
+    def publish(run: str, rows: Sequence[str], *, plan: Plan | None = None, priority: str = "normal") -> None:
         work = slots.read(0)
         seen.append((list(rows), work and work.unit))
 

@@ -20,7 +20,7 @@ from orchestrator.plan import Plan
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import OnEvent
 from orchestrator.workflows import Param, Step, Workflow
-from tests.conftest import wait_until
+from tests.conftest import WorkerProcess, wait_until
 from tests.integration.conftest import Place
 from tests.integration.test_api import Served, is_problem, put_in_force, start
 
@@ -78,6 +78,19 @@ def test_what_workers_do_is_counted_by_workflow_state_and_pool(place: Place) -> 
         assert read("orchestrator_dead_letters") >= 1
         assert read("orchestrator_runs_in_flight") == 0
     place.engine.ledger.publish_workflows([])
+
+
+def test_a_worker_that_stops_hands_in_what_it_has_counted(
+    settings: Settings, engine: Engine, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    (settings.project / "tasks.py").write_text("def noop(): pass\n")
+    plan = Plan.of(Workflow(name="short", steps=(Step(id="a", task="tasks:noop"),)))
+    engine.ledger.put_plan(plan)
+    worker = start_worker()
+    engine.start("r", plan, event={"id": "e"}, params={})
+    wait_until(lambda: engine.ledger.outcome("r")[0] == "succeeded", "the run succeeds")
+    assert worker.stop() == 0
+    assert engine.ledger.client.hget(keys.COUNTERS, field("steps", workflow="short", state="succeeded")) == "1"
 
 
 def test_a_run_that_was_refused_is_counted_as_failed(health: str, engine: Engine) -> None:

@@ -309,6 +309,31 @@ def test_while_the_bus_is_away_messages_are_kept_and_renewed(
     assert received == []
 
 
+@pytest.mark.parametrize("way", ["told", "listed"])
+def test_what_is_emitted_again_as_nobody_knows_whether_it_was_has_the_same_id(
+    way: str, notifying: Place, watch: Watch, engine: Engine, moto: Moto
+) -> None:
+    """As after a kill -9 between the bus and the confirmation, and then told in another way."""
+
+    def away(events: Sequence[Event]) -> bool:
+        watch.events.extend(events)
+        return len(watch.events) < 3
+
+    watch.away = away
+    if way == "told":
+        on, other = notifying.on(reconcile_s=3600.0), notifying.on(queue=None, poll_s=0.2)
+    else:
+        on, other = notifying.on(queue=None, poll_s=0.2), notifying.on(reconcile_s=3600.0)
+    notifying.put("x")
+    watch.start(on)
+    wait_until(lambda: watch.events, "it is emitted")
+    watch.stop()
+    watch.start(other)
+    watch.has("x")
+    wait_until(lambda: len(watch.events) >= 3, "it was emitted until it was confirmed")
+    watch.has("x")
+
+
 def test_stop_gives_messages_back_that_are_not_on_the_bus(notifying: Place, watch: Watch, moto: Moto) -> None:
     tried: list[int] = []
     watch.away = lambda events: not tried.append(len(events))

@@ -307,6 +307,15 @@ STEPS = "steps: {a: {task: t:a}}\n"
         (HEAD + STEPS + "on:\n  - s3: {}\n", "4: on.0.s3.bucket: is required, and is missing"),
         (HEAD + STEPS + "on:\n  - s3: {bucket: A_b, poll: 1s}\n", "4: on.0.s3.bucket: 'A_b' cannot be a bucket"),
         (HEAD + STEPS + "on:\n  - s3: {bucket: abc}\n", "4: on.0.s3: needs `queue:`"),
+        (
+            HEAD + STEPS + "on:\n  - s3: {bucket: abc, poll: 1s, events: removed}\n",
+            "4: on.0.s3.events: `removed` is told by",
+        ),
+        (HEAD + STEPS + "on:\n  - s3: {bucket: abc, queue: a/b}\n", "4: on.0.s3.queue: 'a/b' cannot be a queue"),
+        (
+            HEAD + STEPS + "on:\n  - s3: {bucket: abc, poll: 1s, endpoint_url: minio}\n",
+            "4: on.0.s3.endpoint_url: 'minio' is no URL",
+        ),
         (HEAD + STEPS + "on:\n  - webhook: {path: 'a b'}\n", "4: on.0.webhook.path: 'a b' cannot be a path"),
         (HEAD + STEPS + "on:\n  - webhook: {path: a, methods: BREW}\n", "4: on.0.webhook.methods: must be one of"),
         (HEAD + STEPS + "on:\n  - schedule: {}\n", "4: on.0.schedule.cron: a schedule has exactly one of"),
