@@ -249,6 +249,21 @@ def test_the_event_of_a_run_is_told_again_by_the_rescuer_if_the_bus_was_away(pla
     engine.close()
 
 
+def test_the_end_of_an_episode_is_told_although_the_next_is_opened_at_once(place: Place, at_work: Dispatcher) -> None:
+    at_work.apply([echo("work"), echo("after", OnRun(workflow=("work",), state=("failed", "succeeded")))])
+    engine = Engine(place.settings)
+    ledger, run = engine.ledger, uuid.uuid4().hex
+    plan = engine.plan(ledger.workflow_plan("work"))
+    engine.start(run, plan, event=event().to_json(), params={"value": "x"})
+    ledger.give_up(run, {"type": "RunLost", "message": "x"})  # and whoever did that has died here
+    resume(engine, run)
+    for episode, state in ((1, "failed"), (2, "succeeded")):
+        after = run_id("after", "orchestrator:runs", f"{run}.{episode}")
+        wait_until(lambda after=after: ledger.outcome(after)[0], f"the end of episode {episode} is followed")
+        assert place.end(after).output["state"] == state
+    engine.close()
+
+
 def test_a_large_output_does_not_travel(place: Place, at_work: Dispatcher) -> None:
     big = Workflow(name="big", steps=(Step(id="a", task="tasks:big", with_={"characters": 100_000}),))
     at_work.apply([big, echo("after", OnRun(workflow=("big",)))])
