@@ -32,17 +32,17 @@ from orchestrator.workflows import DEFAULT_POOL
 from tests.chaos.acts import Hand, InProcess, Operator
 from tests.chaos.processes import environment, server_url
 from tests.chaos.record import Journal
-from tests.chaos.sources import Sources
+from tests.chaos.sources import SOURCE, Sources
 from tests.chaos.workload import EVENT_TYPE, FOLLOWED, KINDS, TRIGGERED, Expected, Will
-
-SOURCE = "chaos"
 
 #: What is done with the runs of a kind, in turn.
 _OF_MEND = (Will.RESUME, Will.REDRIVE, Will.REDRIVE_INPUT, Will.BOTH, Will.LEAVE)
 _OF_OUTER = (Will.RESUME, Will.REDRIVE)
 _OF_HANG = (Will.NOTHING, Will.CANCEL_RESUME)
 #: What sources send in a round.
-_SENT = ("hooked",) * 3 + ("answered",) + ("object",) * 4 + ("polled",) + ("listed",) * 3 + ("queued",) * 2
+_SENT = (
+    *("hooked",) * 3, "answered", "posted", *("object",) * 4, "polled", "removed", *("listed",) * 3, *("queued",) * 2,
+)  # fmt: skip
 #: A run may be on the list this much after its time of creation.
 _LATE_MS = 60_000
 #: So soon after the load has ended the schedule has emitted what was due by then, and after its pause nothing more.
@@ -70,7 +70,7 @@ def settings_of(project: Path, data_dir: Path) -> Settings:
 _Seen = TypeVar("_Seen")
 _NEVER = datetime.min.replace(tzinfo=UTC)
 #: Kinds of which the runs are found by their input.
-_FOUND = ("object", "polled", "listed", "tick")
+_FOUND = ("object", "polled", "removed", "listed", "tick")
 
 
 def _place(workflow: str, given: Mapping[str, Any]) -> tuple[str, str]:

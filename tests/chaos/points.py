@@ -110,11 +110,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("emit.before", ("gateway", "server-gateway"), "hooked"),
     *_one("emit.after", ("gateway", "server-gateway"), "hooked"),
     *_one("emit.after", ("gateway",), "answered"),
+    *_one("emit.after", ("gateway",), "posted"),
     # An object: claimed, on the bus, confirmed; its message deleted.
     *_one("claim.after", ("trigger", "server-trigger"), "object"),
     *_one("emit.before", ("trigger",), "object"),
     *_one("confirm.before", ("trigger", "server-trigger"), "object"),
     *_one("delete.before", ("trigger",), "object"),
+    *_one("delete.before", ("trigger",), "removed"),
     # One that is found in a listing: claimed, on the bus, confirmed; the listing has come so far.
     *_one("claim.after", ("trigger",), "polled"),
     *_one("confirm.before", ("trigger", "server-trigger"), "polled"),

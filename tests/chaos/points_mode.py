@@ -33,9 +33,9 @@ from tests.chaos.workload import RECORD, TRIGGERED, Expected, write_project
 _END_S = 90.0
 NEXT_S = 20.0
 #: What a process has taken off an SQS queue comes back after this, besides.
-_TAKEN_S = {"object": 15.0, "queued": 60.0}
+_TAKEN_S = {"object": 15.0, "removed": 15.0, "queued": 60.0}
 #: Roles that a kind needs besides those that all need.
-_ALSO = {"hooked": ("gateway",), "answered": ("gateway",), "tick": ("beat",)}
+_ALSO = {"hooked": ("gateway",), "answered": ("gateway",), "posted": ("gateway",), "tick": ("beat",)}
 _LATER_S = 10.0
 
 

@@ -25,7 +25,7 @@ from orchestrator.ledger import keys
 from orchestrator.runs import run_id
 from tests.acceptance.proxy import Proxy
 from tests.chaos.processes import Role, System
-from tests.chaos.workload import BUCKET, KINDS, NOTIFICATIONS, POLLED_BUCKET, TOLD, Expected
+from tests.chaos.workload import BUCKET, EVENT_TYPE, KINDS, NOTIFICATIONS, POLLED_BUCKET, TOLD, Expected
 from tests.moto import CREDENTIALS, Moto, arn
 
 _SECRET = "chaos"
@@ -37,7 +37,9 @@ _INSIST_S = 180.0
 _DRAIN_S = 100.0
 #: Of deliveries, so many come again after they were accepted.
 _AGAIN = 0.3
-_BUCKETS = {"object": BUCKET, "polled": POLLED_BUCKET}
+_BUCKETS = {"object": BUCKET, "polled": POLLED_BUCKET, "removed": BUCKET}
+#: Source of the events that are of nobody else.
+SOURCE = "chaos"
 _NOWHERE = "http://127.0.0.1:1"
 #: Pushes a message once, however often it is tried.
 _PUSH = "if redis.call('SADD', KEYS[1], ARGV[1]) == 1 then redis.call('LPUSH', KEYS[2], ARGV[2]) end"
@@ -60,13 +62,14 @@ class Sources:
         self._moto: Moto | None = None
         self._proxy: Proxy | None = None
         self._senders: dict[str, Callable[[str, int], Expected]] = {
-            "hooked": self._deliver, "answered": self._deliver, "object": self._put, "polled": self._put,
+            "hooked": self._deliver, "answered": self._deliver, "posted": self._deliver,
+            "object": self._put, "polled": self._put, "removed": self._remove,
             "listed": self._push, "queued": self._queue,
         }  # fmt: skip
         self.wrong: list[str] = []
         self.cuts = 0
         self.env = {"CHAOS_SECRET": _SECRET}
-        if {"object", "polled", "queued"} & set(kinds):
+        if {*_BUCKETS, "queued"} & set(kinds):
             self._start_moto()
 
     def _start_moto(self) -> None:
@@ -75,13 +78,16 @@ class Sources:
         self._moto.start()
         self._queues = {"queued": self._moto.queue("queued")}
         self._s3, self._sqs = self._moto.client("s3"), self._moto.client("sqs")
-        for kind, bucket in _BUCKETS.items():
-            if kind in self._kinds:
-                self._s3.create_bucket(Bucket=bucket)
-        if "object" in self._kinds:
+        for bucket in {_BUCKETS[kind] for kind in self._kinds if kind in _BUCKETS}:
+            self._s3.create_bucket(Bucket=bucket)
+        if {"object", "removed"} & set(self._kinds):
             self._queues[NOTIFICATIONS] = self._moto.queue(NOTIFICATIONS)
             told = {"Key": {"FilterRules": [{"Name": "suffix", "Value": TOLD}]}}
-            how = {"QueueArn": arn(NOTIFICATIONS), "Events": ["s3:ObjectCreated:*"], "Filter": told}
+            how = {
+                "QueueArn": arn(NOTIFICATIONS),
+                "Events": ["s3:ObjectCreated:*", "s3:ObjectRemoved:*"],
+                "Filter": told,
+            }
             self._s3.put_bucket_notification_configuration(
                 Bucket=BUCKET, NotificationConfiguration={"QueueConfigurations": [how]}
             )
@@ -159,6 +165,13 @@ class Sources:
         self._s3.put_object(Bucket=_BUCKETS[kind], Key=f"in/{name}", Body=b"x" * number)
         return Expected("", KINDS[kind], {"size": number})
 
+    def _remove(self, kind: str, number: int) -> Expected:
+        """Put an object, which starts nothing, and remove it."""
+        key = f"gone/{number}{TOLD}"
+        self._s3.put_object(Bucket=BUCKET, Key=key, Body=b"")
+        self._s3.delete_object(Bucket=BUCKET, Key=key)
+        return Expected("", KINDS[kind], {"key": key})
+
     def _queue(self, kind: str, number: int) -> Expected:
         sent = self._sqs.send_message(QueueUrl=self._queues[kind], MessageBody=json.dumps({"x": number}))
         return Expected(run_id(kind, f"orchestrator:queue/{kind}", sent["MessageId"]), KINDS[kind], {"x": number})
@@ -175,17 +188,21 @@ class Sources:
                 time.sleep(_PAUSE_S)
 
     def _deliver(self, kind: str, number: int) -> Expected:
-        """Deliver under one key until that is accepted, now to one gateway, now to another; some again after that."""
+        """Deliver, or post to the API, until that is accepted, now to one gateway, now to the other; some again."""
         chance, key = random.Random(f"{kind} {number}"), f"{kind}-{number}"
-        source = f"orchestrator:webhook/{kind}"
+        path, source = f"/hooks/{kind}", f"orchestrator:webhook/{kind}"
+        value: dict[str, object] = {"x": number}
+        if kind == "posted":
+            path, source = "/api/v1/events", SOURCE
+            value = {"id": key, "source": source, "type": EVENT_TYPE + kind, "data": value}
         expected = Expected(run_id(kind, source, key), KINDS[kind], {"x": number})
-        body = json.dumps({"x": number}).encode()
+        body = json.dumps(value).encode()
         accepted, wanted = 0, 2 if chance.random() < _AGAIN else 1
         until = time.monotonic() + _INSIST_S
         while accepted < wanted:
             url = addresses(chance.choice(self._gateways)).get("url", _NOWHERE)
             try:
-                answer = httpx.post(f"{url}/hooks/{kind}", content=body, headers=_signed(body, key), timeout=30)
+                answer = httpx.post(f"{url}{path}", content=body, headers=_signed(body, key), timeout=30)
             except httpx.HTTPError:
                 answer = None
             if answer is not None and answer.status_code in (200, 202):

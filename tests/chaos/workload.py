@@ -123,7 +123,7 @@ concurrency = 2
 
 
 #: Types of parameters that are no numbers; None: any.
-_TYPES = {"path": "string", "due_at": "string", "run": "string", "state": "string", "output": None}
+_TYPES = {"path": "string", "key": "string", "due_at": "string", "run": "string", "state": "string", "output": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,7 +429,7 @@ def _slow_inner() -> Kind:
     )  # fmt: skip
 
 
-def _sent(name: str, on: Mapping[str, Any], *, at: str, param: str = "x") -> Kind:
+def _sent(name: str, on: Mapping[str, Any] | None = None, *, at: str = "event.data.", param: str = "x") -> Kind:
     """What a trigger starts, with a number."""
     steps = {"a": _add(f"params.{param}", "1"), "b": _add("a", "1", seconds=0.02)}
     return Kind(
@@ -452,7 +452,15 @@ def _queue(name: str, url: str) -> Kind:
 
 def _object(name: str, bucket: str, **options: str) -> Kind:
     """An object of N bytes."""
-    return _sent(name, {"s3": {"bucket": bucket, "prefix": "in/", **options}}, at="event.data.", param="size")
+    return _sent(name, {"s3": {"bucket": bucket, "prefix": "in/", **options}}, param="size")
+
+
+def _removed() -> Kind:
+    on = {"bucket": BUCKET, "prefix": "gone/", "queue": NOTIFICATIONS, "events": "removed"}
+    return Kind(
+        name="removed", steps={"a": _add("1", "1")}, output="{{ params.key }}", result=lambda p: p["key"],
+        slots=lambda _: ["a"], params=("key",), on={"s3": on},
+    )  # fmt: skip
 
 
 def _tick() -> Kind:
@@ -485,12 +493,15 @@ KINDS: dict[str, Kind] = {
         _flaky(), _crashy(), _hang(), _mend(), _outer(), _slow(), _slow_inner(),
         _hook("hooked"), _hook("answered", respond="sync", timeout="5s"),
         _object("object", BUCKET, queue=NOTIFICATIONS, reconcile="20s"), _object("polled", POLLED_BUCKET, poll="2s"),
+        _removed(), _sent("posted"),
         _queue("listed", "CHAOS_LIST_URL"), _queue("queued", "CHAOS_SQS_URL"), _tick(), _after(),
     )
 }  # fmt: skip
 #: Those that are started by what is beside the system (sources.py), the clock, or other runs; a project has them if it
 #: says so.
-TRIGGERED = ("hooked", "answered", "object", "polled", "listed", "queued", "tick", "after")
+TRIGGERED = (
+    "hooked", "answered", "posted", "object", "polled", "removed", "listed", "queued", "tick", "after",
+)  # fmt: skip
 
 
 class Will(StrEnum):
