@@ -279,7 +279,7 @@ def test_jitter_puts_off_and_changes_no_identity(place: Place) -> None:
 
 
 def test_what_waits_for_its_turn_is_not_late(place: Place) -> None:
-    """Where the jitter is longer than the period, a time waits for the one before, for longer than an outage may last."""
+    """Where the jitter is longer than the period a time may wait for the one before, longer than an outage may last."""
     beat = place.beat(workflow(every_s=600, jitter_s=6 * 3600))
     found = place.turn(beat, "2026-01-02T00:00:00")
     place.clock.to("2026-01-01T00:00")
