@@ -33,6 +33,9 @@ TRIGGER, CAUSATION, HOPS = "trigger", "causationid", "hops"
 #: Of a schedule's event: the priority of the run that it starts.
 PRIORITY = "priority"
 
+#: How many lists and mappings may lie within each other: all who read an event, at whatever depth of calls, can.
+_DEEPEST = 200
+
 _ATTRIBUTES = {"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "data"}
 
 
@@ -96,6 +99,8 @@ class Event:
             raise InputError("event: a text in it is not Unicode") from exc
         except (ValueError, RecursionError) as exc:
             raise InputError(f"event: it is not JSON: {exc}") from exc
+        if _is_deeper(body, _DEEPEST):
+            raise InputError(f"event: it is nested more than {_DEEPEST} deep")
         for name in ("time", "subject"):
             if not isinstance(body.get(name, ""), str):
                 raise InputError(f"event: {name} must be a string, not {body[name]!r}")
@@ -108,6 +113,21 @@ class Event:
             data=body.get("data"),
             extensions={k: v for k, v in body.items() if k not in _ATTRIBUTES},
         )
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Tell whether a JSON value has more than so many lists and mappings within each other."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def digest(*parts: str) -> str:
