@@ -303,6 +303,24 @@ def test_the_event_of_a_run_is_told_again_by_the_rescuer_if_the_bus_was_away(pla
     engine.close()
 
 
+def test_the_end_of_an_episode_is_told_though_the_run_goes_on_before_anybody_could(
+    place: Place, at_work: Dispatcher
+) -> None:
+    follow = OnRun(workflow=("work",), state=("failed", "succeeded"))
+    at_work.apply([echo("work"), echo("after", follow, value="{{ event.data.state }}")])
+    ledger = place.engine.ledger
+    run, plan = uuid.uuid4().hex, place.engine.plan(ledger.workflow_plan("work"))
+    text = json.dumps(event().to_json())
+    ledger.start(run, plan, event=text, event_id="e", run_input="{}", created_ms=now_ms())
+    ledger.give_up(run, {"type": "RunLost", "message": "x"})  # and whoever did that has died here
+    assert resume(place.engine, run) == 2
+    for episode, state in ((1, "failed"), (2, "succeeded")):
+        after = run_id("after", "orchestrator:runs", f"{run}.{episode}")
+        wait_until(lambda after=after: ledger.outcome(after)[0], "the episode is followed")
+        assert place.end(after).output == state
+        assert place.engine.events.get(f"{run}.{episode}")["duplicates"] == 0
+
+
 def test_a_large_output_does_not_travel(place: Place, at_work: Dispatcher) -> None:
     big = Workflow(name="big", steps=(Step(id="a", task="tasks:big", with_={"characters": 100_000}),))
     at_work.apply([big, echo("after", OnRun(workflow=("big",)))])
