@@ -1,7 +1,7 @@
 """Event: a fact, in a CloudEvents 1.0 envelope.
 
-`source` + `id` is its identity and the only key by which events are deduplicated
-(CloudEvents 1.0 spec, "id": producers MUST ensure that source + id is unique for each distinct event).
+`source` + `id` is its identity (CloudEvents 1.0 spec, "id": producers MUST ensure that source + id is unique for each
+distinct event). Events are deduplicated by it and by the trigger that they came by (`Event.key`); runs by it alone.
 """
 
 from __future__ import annotations
@@ -62,8 +62,13 @@ class Event:
 
     @property
     def key(self) -> str:
-        """Digest of `source` + `id`, the identity; 40 hex digits, safe in keys and file names."""
-        return digest(self.source, self.id)
+        """Digest of `source` + `id`, and of the trigger if it says one; 40 hex digits, safe in keys and file names.
+
+        A sender's event that comes to two webhooks or queues is for the workflows of both; and what somebody who may
+        deliver to one of them claims to be another's event does not keep that one away.
+        """
+        trigger = self.extensions.get(TRIGGER)
+        return digest(self.source, self.id, *([trigger] if isinstance(trigger, str) else ()))
 
     def to_json(self) -> dict[str, Any]:
         """Return the CloudEvents JSON format (structured mode) of this event."""
