@@ -72,12 +72,13 @@ def read_event(body: object) -> Event:
     if not isinstance(body, dict):
         raise InputError(f"an event must be a JSON object, not {type(body).__name__}")
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    said = {"specversion": "1.0", "id": str(uuid.uuid4()), "time": moment, "source": "-"} | body
+    given = {name: value for name, value in body.items() if value is not None}  # as CloudEvents have it
+    said = {"specversion": "1.0", "id": str(uuid.uuid4()), "time": moment, "source": "-"} | given
     event = Event.from_json(said)
     fault = foreign_fault(event)
     if fault:
         raise InputError(fault)
-    return event if "source" in body else Event.from_json(said | {"source": OWN_SOURCE})
+    return event if "source" in given else Event.from_json(said | {"source": OWN_SOURCE})
 
 
 def replay_event(engine: Engine, event: str) -> Event:
