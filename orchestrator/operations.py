@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.cloud_events import attributes_of
 from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, parse_since
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
@@ -69,10 +70,8 @@ def read_event(body: object) -> Event:
 
     Raises InputError, also for one that claims to be ours.
     """
-    if not isinstance(body, dict):
-        raise InputError(f"an event must be a JSON object, not {type(body).__name__}")
+    given = attributes_of(body)
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = {name: value for name, value in body.items() if value is not None}  # as CloudEvents have it
     said = {"specversion": "1.0", "id": str(uuid.uuid4()), "time": moment, "source": "-"} | given
     event = Event.from_json(said)
     fault = foreign_fault(event)
