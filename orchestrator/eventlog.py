@@ -237,10 +237,13 @@ class EventLog:
         """
         before, dropped = now_ms - self._settings.events_retention_s * 1000, 0
         while old := self._oldest(before):
-            for key, fields in self._rows(old):
-                if not fields or fields["event"].startswith("@"):
-                    self._payloads.delete(f"events/{key}")
             with self._ledger.client.pipeline(transaction=False) as pipe:
+                for key, fields in self._rows(old):
+                    event = self._payloads.unpack_or_none(fields["event"]) if fields else None
+                    if event is not None:
+                        pipe.srem(keys.event_id_key(digest(event["id"])), key)
+                    if not fields or fields["event"].startswith("@"):
+                        self._payloads.delete(f"events/{key}")
                 pipe.delete(*(keys.event_key(key) for key in old))
                 pipe.zrem(keys.EVENTS, *old)
                 self._do(pipe.execute)

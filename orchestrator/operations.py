@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.cloud_events import attributes_of
 from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, parse_since
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
@@ -69,15 +70,14 @@ def read_event(body: object) -> Event:
 
     Raises InputError, also for one that claims to be ours.
     """
-    if not isinstance(body, dict):
-        raise InputError(f"an event must be a JSON object, not {type(body).__name__}")
+    given = attributes_of(body)
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    said = {"specversion": "1.0", "id": str(uuid.uuid4()), "time": moment, "source": "-"} | body
+    said = {"specversion": "1.0", "id": str(uuid.uuid4()), "time": moment, "source": "-"} | given
     event = Event.from_json(said)
     fault = foreign_fault(event)
     if fault:
         raise InputError(fault)
-    return event if "source" in body else Event.from_json(said | {"source": OWN_SOURCE})
+    return event if "source" in given else Event.from_json(said | {"source": OWN_SOURCE})
 
 
 def replay_event(engine: Engine, event: str) -> Event:

@@ -131,6 +131,6 @@ def check_exposure(settings: Settings, tokens: Tokens) -> None:
     """Raise SettingsError if the gateway's address is for others, too, and no token keeps them out."""
     if not is_loopback(settings.host) and not tokens.list():
         raise SettingsError(
-            f"host {settings.host} is not this machine alone, and there are no tokens: anybody could start runs; make "
-            "one with `orchestrator tokens create NAME --scope admin`, or set host to 127.0.0.1"
+            f"host {settings.host} is not this machine alone, and there are no tokens: anybody could start runs; start "
+            "it with host 127.0.0.1, make one with `orchestrator tokens create NAME --scope admin`, and start it again"
         )

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from standardwebhooks import Webhook
 
 from orchestrator.events import digest
+from orchestrator.strict_json import NotJsonError, read_json
 from orchestrator.subscriptions import SIGNING_PREFIX, Verification
-from triggers.delivery import NotJsonError, read_json
 
 _SECONDS = re.compile(r"[0-9]{1,11}\Z")
 _MILLISECONDS = re.compile(r"[0-9]{12,14}\Z")

@@ -28,10 +28,11 @@ from orchestrator.events import Event
 from orchestrator.json_schemas import checker
 from orchestrator.payloads import Payloads
 from orchestrator.runs import RunState, run_id
+from orchestrator.strict_json import read_json
 from orchestrator.subscriptions import OnWebhook
 from orchestrator.telemetry import get_logger
 from orchestrator.workflows import Workflow
-from triggers.delivery import Delivery, cloud_events, joined, parsed, read_json, received
+from triggers.delivery import Delivery, cloud_events, joined, parsed, received
 from triggers.group_commit import GroupCommit
 from triggers.rotation import Secrets
 from triggers.run_ends import RunEnds

@@ -299,8 +299,13 @@ def test_events_come_alone_whole_or_in_a_batch_and_claim_nothing_of_ours(api: ht
     kind = {"content-type": "application/cloudevents-batch+json"}
     batch = api.post("/events", content=json.dumps([own, {"type": "t"}]), headers=kind)
     assert [one["type"] for one in batch.json()["items"]] == ["order", "t"]
+    encoded = {"data_base64": "eyJhIjogMX0=", "datacontenttype": "application/json"}
+    assert api.post("/events", json={"type": "t"} | encoded).json()["data"] == {"a": 1}
+    is_problem(api.post("/events", json={"type": "t", "data_base64": "?"}), 422)
+    nothing = dict.fromkeys(("id", "source", "subject", "time", "data"))
+    assert api.post("/events", json={"type": "t"} | nothing).json()["source"] == "orchestrator:emit"
     before = engine.ledger.client.llen(EVENT_QUEUE)
-    assert before == 3
+    assert before == 5
     for body in (
         {"type": "orchestrator.manual"}, {"type": "t", "source": "orchestrator:run"}, {"type": "t", "hops": 1},
         {"type": "t", "source": "file:///x"}, {"type": "t", "trigger": "x"}, {"type": "t", "causationid": "x"},

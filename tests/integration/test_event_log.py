@@ -14,7 +14,7 @@ from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.dispatcher import Dispatcher, manual_event
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, NotFoundError
-from orchestrator.events import CAUSATION, HOPS, TRIGGER, Event, foreign_fault, replay_of
+from orchestrator.events import CAUSATION, HOPS, TRIGGER, Event, digest, foreign_fault, replay_of
 from orchestrator.expressions import parse
 from orchestrator.ledger import keys
 from orchestrator.resume import resume
@@ -182,6 +182,8 @@ def test_events_are_kept_for_their_time_and_up_to_their_number(engine: Engine, d
     few = Engine(engine.settings.evolve(events_maximum=3))
     assert few.events.trim(now_ms()) == 2
     few.close()
+    by_id = [engine.ledger.client.exists(keys.event_id_key(digest(one.id))) for one in sent]
+    assert by_id == [0, 0, 1, 1, 1]
     assert not list((engine.settings.blobs_dir / "events").iterdir())
     assert [one["event"]["data"] for one in engine.events.page()[0]] == [4, 3, 2]
     assert dispatcher.dispatch(sent[0]) == {}

@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.errors import InputError
 from orchestrator.events import Event
-from triggers.delivery import Delivery, NotJsonError, cloud_events, joined, parsed, read_json, received
+from orchestrator.strict_json import NotJsonError, read_json
+from triggers.delivery import Delivery, cloud_events, joined, parsed, received
 
 NOW = "2026-01-31T12:00:00.000Z"
 

@@ -64,7 +64,7 @@ def workflow(name: str, *on: On) -> Workflow:
     return Workflow(name=name, steps=(Step(id="a", task="t:a"),), on=on)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(PATTERNS, min_size=1, max_size=2), max_size=8), st.lists(EVENTS, min_size=1, max_size=5))
 def test_the_index_changes_nothing(patterns: list[list[dict[str, Any]]], events: list[dict[str, Any]]) -> None:
     """Those found by it are those whose patterns match, in the order of the definitions; the others say why not."""
