@@ -37,7 +37,7 @@ from orchestrator.schema import nearest
 from orchestrator.settings import read_secret
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
-from orchestrator.subscriptions import On, OnFile, OnRun, OnWebhook, schedule_name, secret_fault
+from orchestrator.subscriptions import On, OnFile, OnQueue, OnRun, OnWebhook, queue_source, schedule_name, secret_fault
 from orchestrator.tracing import Task, WorkflowFunction
 from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
@@ -113,6 +113,7 @@ class _Loading:
         self.defaults = defaults
         self.secrets = secrets
         self.webhooks: dict[str, tuple[str, int | None]] = {}
+        self.queues: dict[str, tuple[OnQueue, str, int | None]] = {}
         self.faults: dict[Fault, None] = {}
         self.definitions: list[tuple[str, Definition]] = []
         self.registered: dict[str, Task] = {}
@@ -230,6 +231,8 @@ class _Loading:
                         fault(message, "on", str(number), "run", "workflow")
             if isinstance(entry, OnWebhook):
                 self._check_webhook(entry, ("on", str(number), "webhook"), file, definition, fault)
+            if isinstance(entry, OnQueue):
+                self._check_queue(entry, ("on", str(number), "queue"), file, definition, fault)
         on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         return replace(workflow, steps=tuple(steps), on=on)
 
@@ -251,6 +254,17 @@ class _Loading:
                 reason = self._secret_fault(on.verify.scheme, reference, self.secrets or {})
                 if reason is not None:
                     fault(reason, *place, "verify", on.verify.scheme)
+
+    def _check_queue(
+        self, on: OnQueue, place: tuple[str, ...], file: str, definition: Definition, fault: Callable[..., None]
+    ) -> None:
+        """Entries that read a queue alike share its messages; two that do not would take them from each other."""
+        line = definition.lines.at((*place, "queue"))
+        other, its_file, its_line = self.queues.setdefault(queue_source(on), (on, file, line))
+        for key in ("url", "format"):
+            if getattr(other, key) != getattr(on, key):
+                where = f"{its_file}:{its_line}"
+                fault(f"must be as in {where}, which has this queue too: each message is taken once", *place, key)
 
     @staticmethod
     def _secret_fault(scheme: str, reference: str, named: Mapping[str, str]) -> str | None:

@@ -206,6 +206,16 @@ def webhook_trigger(path: str) -> str:
     return f"webhook:{path}"
 
 
+def queue_source(on: OnQueue) -> str:
+    """Return the source of the events of a queue, and of no other: senders number their messages as they like.
+
+    Of the broker it says where it is, and not as whom it is used: that may change while a message is in work.
+    """
+    parts = urlsplit(on.url)
+    where = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    return f"orchestrator:queue/{quote(on.queue, safe='')}?broker={quote(where, safe='')}"
+
+
 def queue_trigger(on: OnQueue) -> str:
     """Return what `trigger` says in the events of a queue."""
     return f"queue:{on.queue}:{digest(on.url, on.queue, on.format)[:12]}"

@@ -17,14 +17,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError, one_line
 from orchestrator.events import QUEUE_MESSAGE, TRIGGER, Event, foreign_fault
 from orchestrator.ledger import Ledger
 from orchestrator.service import Service
 from orchestrator.settings import mask_url, read_secret
-from orchestrator.subscriptions import OnQueue, queue_trigger
+from orchestrator.subscriptions import OnQueue, queue_source, queue_trigger
 from orchestrator.telemetry import Outage, get_logger
 from orchestrator.workflows import Workflow
 from triggers.delivery import NotJsonError, read_json
@@ -175,7 +175,7 @@ def event_of(on: OnQueue, message: Message, now: datetime) -> Event:
         return replace(event, extensions={**event.extensions, TRIGGER: trigger})
     event = Event(
         id=message.id,
-        source=f"orchestrator:queue/{quote(on.queue)}",
+        source=queue_source(on),
         type=QUEUE_MESSAGE,
         subject=on.queue,
         time=now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),

@@ -27,6 +27,7 @@ from orchestrator.ledger import keys
 from orchestrator.project import code_files, definition_files
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
+from orchestrator.subscriptions import on_to_json
 from orchestrator.telemetry import configure_logging, get_logger
 from orchestrator.timers import Timers
 from orchestrator.workflows import Workflow
@@ -42,6 +43,8 @@ log = get_logger(__name__)
 ROLES = ("dispatcher", "trigger", "beat", "gateway")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
+#: For so long triggers wait for a dispatcher that has their definitions; it may be down, and then it will find them.
+_DISPATCHER_S = 20.0
 
 
 class _Watched:
@@ -131,6 +134,7 @@ class Control:
         self._role = "control" if len(roles) > 1 else next(iter(roles))
         self._followers: list[Follower] = []
         self._serves = "gateway" in roles
+        self._dispatches = "dispatcher" in roles
         if "dispatcher" in roles:
             self._followers.append(Dispatcher(engine, on_start=self._tell_start))
         if "trigger" in roles:
@@ -182,6 +186,8 @@ class Control:
         return 0
 
     def _apply(self, workflows: list[Workflow]) -> None:
+        if not self._dispatches:
+            self._await_dispatcher(workflows)
         for follower in self._followers:
             while not self._stop.is_set():
                 try:
@@ -190,6 +196,23 @@ class Control:
                 except OrchestratorError as exc:
                     log.warning("definitions_wait", error=str(exc))
                     self._stop.wait(1.0)
+
+    def _await_dispatcher(self, workflows: list[Workflow]) -> None:
+        """Wait until a dispatcher has these definitions: one with those before finds that an event matches nothing."""
+        wanted = {one.name: json.loads(json.dumps([on_to_json(on) for on in one.on])) for one in workflows}
+        until = time.monotonic() + _DISPATCHER_S
+        while time.monotonic() < until:
+            try:
+                rows = self._engine.ledger.workflows()
+                in_force = {name: row["workflow"].get("on", []) for name, row in rows.items()}
+                # Where no dispatcher has been yet, events wait for it.
+                if not in_force or all(in_force.get(name) == on for name, on in wanted.items()):
+                    return
+            except UnavailableError:
+                pass
+            if self._stop.wait(_PERIOD_S / 5):
+                return
+        log.warning("no_dispatcher_has_these_definitions", waited_s=_DISPATCHER_S)
 
     def _reload(self) -> None:
         """Put changed definitions in force; broken ones are shown, and what was in force stays."""

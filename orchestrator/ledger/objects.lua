@@ -1,6 +1,6 @@
 -- The verbs on the records of a bucket's objects (objects.py). ARGV[1] is the verb, ARGV[2] how long records are kept, s.
 --
--- A record is "day|version|version", the later version first; a version is "kind,etag,version,at,modified,order,id":
+-- A record is "day|version|version...", the later version first; a version is "kind,etag,version,at,modified,order,id":
 --   kind      c created, as told; l created, as listed; r removed
 --   etag      digests of the eTag and of the version id; empty: not told
 --   at        when it was made or removed, or, of l, when it was listed; ms by the store's clock
@@ -13,8 +13,11 @@ local KEEP = ARGV[2]
 local DAY = string.format('%d', math.floor(call('TIME')[1] / 86400))
 -- Clocks of one store agree to this, and one upload notifies twice within it (ms).
 local SLACK = 5000
--- The time of an HTTP answer has no fraction (ms).
+-- The times of HTTP answers and of EventBridge have no fraction (ms).
 local SECOND = 1000
+
+-- A record keeps that many versions at least, and those of the last day (ms) up to that many.
+local KEPT, KEPT_OF_A_DAY, A_DAY = 2, 8, 86400000
 
 local KIND, ETAG, VERSION, AT, MODIFIED, ORDER, ID = 1, 2, 3, 4, 5, 6, 7
 
@@ -44,9 +47,10 @@ local function read(key, field)
 end
 
 local function write(key, field, versions)
-  local parts = { DAY }
-  for n = 1, math.min(#versions, 2) do
+  local parts, since = { DAY }, versions[1][AT] - A_DAY
+  for n = 1, math.min(#versions, KEPT_OF_A_DAY) do
     local version = versions[n]
+    if n > KEPT and version[AT] < since then break end
     version[AT] = string.format('%d', version[AT])
     parts[n + 1] = table.concat(version, ',')
     version[AT] = tonumber(version[AT])
@@ -68,7 +72,8 @@ local function is_told_again(seen, version, newest)
     return seen[AT] >= tonumber(version[MODIFIED]) - SLACK and seen[AT] < version[AT] + SECOND
   end
   -- What came after the newest version is none that was before it; a sequencer may be the same for all.
-  local is_later = version ~= newest and seen[AT] > newest[AT]
+  local is_cut_off = version[AT] % SECOND == 0 and seen[AT] < version[AT] + SECOND
+  local is_later = version ~= newest and seen[AT] > newest[AT] and not is_cut_off
   if seen[ORDER] ~= '' and version[ORDER] ~= '' then
     return seen[ORDER] == version[ORDER] and not (is_later and newest[ORDER] == seen[ORDER])
   end
@@ -104,13 +109,10 @@ local function told(seen, versions)
   if newest and newest[ORDER] ~= '' and newest[ORDER] == seen[ORDER] then
     seen[ID] = seen[ID] .. string.format('-%d', seen[AT]) -- the sequencer is the same for all
   end
-  if not newest or not is_older(seen, newest) then
-    table.insert(versions, 1, seen)
-  elseif is_removal(seen) ~= is_removal(newest) then
-    return 'late', '', false
-  elseif not versions[2] or not is_older(seen, versions[2]) then
-    table.insert(versions, 2, seen)
-  end
+  if newest and is_older(seen, newest) and is_removal(seen) ~= is_removal(newest) then return 'late', '', false end
+  local place = 1
+  while versions[place] and is_older(seen, versions[place]) do place = place + 1 end
+  table.insert(versions, place, seen)
   return 'new', seen[ID], true
 end
 

@@ -4,9 +4,10 @@ A sighting is claimed first, emitted then and confirmed last. The claim decides,
 version, one that is known, or one whose claimant died before its event was confirmed, which is emitted again under the
 id of the first claim. So whoever tells of one version, and however often, it has one event.
 
-A record has the two latest versions of its key, in about 55 bytes each; the records of a bucket lie in many small
-hashes, which Redis keeps without overhead (about 100 bytes of memory a key). Each record bears the day on which its key
-was last seen; those that a complete listing has not seen are swept.
+A record has the two latest versions of its key, in about 55 bytes each, and further ones of the same day: who tells of
+them may lag behind by several overwrites. The records of a bucket lie in many small hashes, which Redis keeps without
+overhead (about 100 bytes of memory a key). Each record bears the day on which its key was last seen; those that a
+complete listing has not seen are swept.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import Any
 
@@ -12,7 +13,8 @@ from orchestrator.ledger.objects import SHARDS, Claim, How, ObjectRecords, Verdi
 from orchestrator.sightings import Sighting
 
 NEW, AGAIN, KNOWN, LATE, CHANGED = Verdict
-T = 1_700_000_000_000
+#: No whole second, as which EventBridge would tell it.
+T = 1_700_000_000_001
 #: What S3 says of one second later.
 SECOND = 1000
 
@@ -221,3 +223,46 @@ def test_many_records_take_little_memory(engine: Engine, records: ObjectRecords)
         page = [put(f"{n}", sequencer=f"00{n:015X}F", key=f"some/prefix/{n}") for n in range(first, first + 1000)]
         records.confirm(records.claim([(one, How.TOLD) for one in page]))
     assert (memory() - before) / 100_000 < 200
+
+
+# ---- in any order
+
+
+def test_who_tells_of_several_overwrites_at_once_repeats_none(records: ObjectRecords) -> None:
+    """By a second queue, in a form without sequencers, and after a listing has found one of them."""
+    puts = [put(etag, at) for at, etag in enumerate("abcdef")]
+    assert tell(records, shown("a", 0, listed=0), *puts[1:]) == [NEW] * 6
+    assert tell(records, *puts) == [KNOWN] * 6
+
+
+def test_of_a_key_that_is_seldom_overwritten_two_versions_are_kept(records: ObjectRecords, engine: Engine) -> None:
+    day = 86_400_000
+    assert tell(records, *[put("a", at * day) for at in range(5)]) == [NEW] * 5
+    client = engine.ledger.client
+    (record,) = [record for key in client.keys("*") if client.type(key) == "hash" for record in client.hvals(key)]
+    assert record.count("|") == 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_version_has_one_event_whoever_tells_of_it_and_in_any_order(records: ObjectRecords, seed: int) -> None:
+    """By S3 and by EventBridge, which cuts times off, with and without sequencers, repeated, and by listings."""
+    chance = random.Random(seed)
+    has_sequencers, at = chance.random() < 0.5, 0
+    told: list[tuple[str, Sighting, How]] = []
+    for etag in "abcdef"[: chance.randrange(2, 7)]:
+        at += chance.choice((300, 2000, 7000, 600_000))
+        order = f"{at:016X}" if has_sequencers else None
+        told += [(etag, put(etag, at, sequencer=order), How.TOLD)] * chance.choice((1, 2))
+        told += [(etag, put(etag, at // 1000 * 1000, sequencer=order), How.TOLD)]
+    chance.shuffle(told)
+    # The bucket is listed when all has happened: it shows the last.
+    told.insert(chance.randrange(len(told)), (etag, shown(etag, at // 1000 * 1000, listed=at + 1000), How.CERTAIN))
+    found: dict[str, set[str]] = {}
+    for version, sighting, how in told:
+        one = claim(records, sighting, how)
+        if one.event_id:
+            found.setdefault(version, set()).add(one.event_id)
+            if chance.random() < 0.7:  # else it is killed before it has confirmed, and somebody tells of it again
+                records.confirm([one])
+    ids = [event_id for of_version in found.values() for event_id in of_version]
+    assert len(ids) == len(set(ids)) == len({version for version, _, _ in told})

@@ -19,7 +19,7 @@ from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger import keys
-from orchestrator.subscriptions import OnQueue, queue_trigger
+from orchestrator.subscriptions import OnQueue, queue_source, queue_trigger
 from orchestrator.workflows import Step, Workflow
 from tests.conftest import Server, capture_logs, wait_until
 from tests.moto import Moto
@@ -118,7 +118,7 @@ def test_each_message_of_a_list_is_an_event(start: Any, bus: Bus, source: redis.
     assert len({event.id for event in events}) == 5
     first = events[0].to_json()
     assert {name: first[name] for name in ("source", "type", "subject", "trigger")} == {
-        "source": "orchestrator:queue/jobs", "type": "orchestrator.queue.message", "subject": "jobs",
+        "source": queue_source(jobs), "type": "orchestrator.queue.message", "subject": "jobs",
         "trigger": queue_trigger(jobs),
     }  # fmt: skip
     assert first["data"] == {"body": {"n": 1}, "headers": {}, "queue": "jobs"}
@@ -139,6 +139,25 @@ def test_what_kombu_put_in_is_taken_out_of_its_envelope(start: Any, bus: Bus, so
     assert [event.data["body"] for event in events] == [{"n": 1}, {"n": 2}]
     assert events[0].data["headers"]["tenant"] == "a"
     assert {event.id for event in events} == set(tags)
+
+
+def test_senders_of_two_brokers_may_number_their_messages_alike(
+    start: Any, bus: Bus, source: redis.Redis, jobs: OnQueue
+) -> None:
+    """Two queues of one name are two sources, and one whose password has changed is the same."""
+    other = OnQueue(url=jobs.url.removesuffix("/5") + "/7", queue="jobs")
+    for on in (jobs, other):
+        with Connection(on.url) as connection:
+            connection.Producer().publish({"n": 1}, routing_key="jobs", serializer="json", message_id="1")
+        start(on)
+    first, second = bus.wait(2)
+    assert first.id == second.id == "1"
+    assert {first.source, second.source} == {queue_source(jobs), queue_source(other)}
+    assert first.key != second.key
+    (before, after) = (
+        queue_source(OnQueue(url=f"amqp://{who}@rabbit/shop", queue="a/b")) for who in ("me:old", "me:new")
+    )
+    assert before == after == "orchestrator:queue/a%2Fb?broker=amqp%3A%2F%2Frabbit%2Fshop"
 
 
 def test_what_only_looks_like_an_envelope_is_a_message(start: Any, bus: Bus, source: Any, jobs: OnQueue) -> None:

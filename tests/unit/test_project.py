@@ -226,6 +226,23 @@ def test_two_schedules_with_one_name(project):
     ]
 
 
+def test_a_queue_that_two_read_differently(project):
+    """They would take its messages from each other. Those who read it alike share them."""
+    entries = (
+        "{url: 'amqp://me:hunter2@rabbit/shop', queue: orders}",
+        "{url: 'amqp://me:hunter2@rabbit/shop', queue: orders, pattern: {data: {body: {n: [1]}}}}",
+        "{url: 'amqp://me:hunter2@rabbit/shop', queue: orders, format: cloudevents}",
+        "{url: 'amqp://you@rabbit/shop', queue: orders}",
+        "{url: 'amqp://you@rabbit/other', queue: orders, format: cloudevents}",
+    )
+    root = project(**{"workflows/a.yaml": yaml() + "on:\n" + "".join(f"  - queue: {entry}\n" for entry in entries)})
+    message = "must be as in workflows/a.yaml:7, which has this queue too: each message is taken once"
+    assert faults_of(root) == [
+        f"workflows/a.yaml:9: on.2.queue.format: {message}",
+        f"workflows/a.yaml:10: on.3.queue.url: {message}",
+    ]
+
+
 def test_faults_of_all_files_come_at_once_and_sound_workflows_stay(project):
     """A file that cannot be read does not hide the others."""
     root = project(
