@@ -130,7 +130,7 @@ class Verify(Model):
     @model_validator(mode="after")
     def _is_one(self) -> Verify:
         if len(self._given()) != 1:  # and never none, with which anybody could deliver
-            raise PydanticCustomError("one_scheme", "must be one of " + ", ".join(type(self).model_fields))
+            raise PydanticCustomError("one_scheme", "must have one scheme: " + ", ".join(type(self).model_fields))
         return self
 
     def _given(self) -> list[tuple[str, Any]]:
