@@ -12,9 +12,11 @@ from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, p
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
 from orchestrator.errors import InputError, NotFoundError, shorten, unknown
+from orchestrator.eventlog import NOT_IN_FORCE
 from orchestrator.events import Event, foreign_fault, replay_of
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import run_id
+from orchestrator.settings import mask_url
 from orchestrator.workflows import Workflow
 
 #: The source of events that say none.
@@ -29,6 +31,24 @@ def workflow_in_force(engine: Engine, name: str) -> Workflow:
     if name not in known:
         raise NotFoundError(f"{unknown('workflow', name, known)} (in force: {', '.join(known) or 'none'})")
     return Workflow.from_json(known[name]["workflow"])
+
+
+def without_passwords(workflow: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition as it may be shown: the URLs in it without their passwords."""
+    entries = [
+        entry | {"queue": entry["queue"] | {"url": mask_url(entry["queue"]["url"])}} if "queue" in entry else entry
+        for entry in workflow.get("on", ())
+    ]
+    return dict(workflow) | ({"on": entries} if entries else {})
+
+
+def explain_workflow(engine: Engine, name: str, *, since: str, limit: int) -> list[dict[str, Any]]:
+    """Return what events of late were to a workflow, and why. Raises NotFoundError for one that none of them knew."""
+    since_ms = parse_since(since, engine.ledger.now_ms())
+    found = engine.events.explain_workflow(name, since_ms=since_ms, limit=limit)
+    if all(one["reason"] == NOT_IN_FORCE for one in found):
+        workflow_in_force(engine, name)
+    return found
 
 
 def start_run(engine: Engine, name: str, given: Mapping[str, Any], *, key: str | None = None) -> tuple[str, Event]:

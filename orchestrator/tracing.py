@@ -349,7 +349,7 @@ def _entry(found: On, faults: Sequence[tuple[str, str]]) -> On:
 
 @contextmanager
 def collecting(collect: Callable[[Fault], None]) -> Iterator[None]:
-    """Have what is wrong with entries of `on` told to `collect` while this lasts, so that the rest is looked at, too."""
+    """Have what is wrong with entries of `on` told to `collect` while this lasts, not raised."""
     token = _collect.set(collect)
     try:
         yield

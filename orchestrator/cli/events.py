@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Annotated, Any
 
 import typer
@@ -14,13 +12,12 @@ from orchestrator.cli.access import (
     JsonOption,
     LimitOption,
     ProjectOption,
-    check_event,
     engine_of,
     read_json,
     settings_of,
 )
 from orchestrator.cli.output import print_json, print_table
-from orchestrator.errors import InputError, unknown
+from orchestrator.errors import InputError, one_of
 
 app = typer.Typer(help="Look at events and what came of them, and emit your own.", no_args_is_help=True)
 
@@ -39,7 +36,7 @@ def events_list(
     from orchestrator.eventlog import VERDICTS
 
     if verdict is not None and verdict not in VERDICTS:
-        raise InputError(f"--verdict: {unknown('verdict', verdict, VERDICTS)}; there are {', '.join(VERDICTS)}")
+        raise InputError(f"--verdict {one_of(VERDICTS, verdict)}")
     with engine_of(settings_of(project, data_dir)) as engine:
         found, cursor = engine.events.page(limit=limit, after=after, verdict=verdict, type_=type_)
     if as_json:
@@ -84,7 +81,7 @@ def events_explain(
     as_json: JsonOption = False,
 ) -> None:
     """Say why an event started what it did and nothing else; or why a workflow did not start."""
-    from orchestrator.deadletters import parse_since
+    from orchestrator.operations import explain_workflow
 
     if (event_id is None) == (workflow is None):
         raise InputError("give the id of an event, or --workflow NAME")
@@ -98,14 +95,10 @@ def events_explain(
             _print_verdicts(found["verdicts"])
             return
         assert workflow is not None
-        known = engine.ledger.workflows()
-        since_ms = parse_since(since, engine.ledger.now_ms())
-        items = engine.events.explain_workflow(workflow, since_ms=since_ms, limit=limit)
+        items = explain_workflow(engine, workflow, since=since, limit=limit)
     if as_json:
         print_json({"items": items, "next": None})
         return
-    if workflow not in known:
-        print(f"{unknown('workflow', workflow, known)}: it is not in force now")
     print_table(
         ["accepted", "type", "subject", "verdict", "run or reason", "id"],
         [
@@ -149,7 +142,7 @@ def events_replay(
 @app.command("emit")
 def events_emit(
     type_: Annotated[str, typer.Option("--type", help="What happened, as shop.order.placed.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "orchestrator:emit",
+    source: Annotated[str | None, typer.Option(help="Who says so (orchestrator:emit).")] = None,
     data: Annotated[str | None, typer.Option(help="The data as JSON, or @FILE.")] = None,
     subject: Annotated[str | None, typer.Option(help="What it happened to.")] = None,
     event_id: Annotated[str | None, typer.Option("--id", help="Identity within the source; else a new one.")] = None,
@@ -158,12 +151,11 @@ def events_emit(
     as_json: JsonOption = False,
 ) -> None:
     """Put an event of your own on the bus."""
-    from orchestrator.events import Event
+    from orchestrator.operations import read_event
 
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    given = None if data is None else read_json("--data", data)
-    event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
-    check_event(event)
+    said = {"type": type_, "source": source, "subject": subject, "id": event_id}
+    given = {} if data is None else {"data": read_json("--data", data)}
+    event = read_event({name: value for name, value in said.items() if value is not None} | given)
     with engine_of(settings_of(project, data_dir)) as engine:
         engine.bus.publish([event])
     if as_json:

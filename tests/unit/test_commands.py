@@ -56,6 +56,8 @@ def test_any_value_is_printed_as_json(monkeypatch, encoding):
     [
         (["--type", ""], "type must be a string that is not empty"),
         (["--type", "t", "--source", ""], "source must be"),
+        (["--type", "orchestrator.file.created"], "types that begin with `orchestrator.` are not for others"),
+        (["--type", "t", "--source", "orchestrator:s3/b"], "sources that begin with `orchestrator:`"),
         (["--type", "t", "--id", "\udcff"], "is not Unicode"),
         (["--type", "t", "--data", "NaN"], "--data is not JSON"),
     ],
