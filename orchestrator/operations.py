@@ -21,6 +21,8 @@ from orchestrator.workflows import Workflow
 
 #: The source of events that say none.
 OWN_SOURCE = "orchestrator:emit"
+#: What in an entry of `on:` may be the URL of a server.
+_URLS = ("url", "endpoint_url", "queue")
 #: Letters a second: one in a quarter of an hour.
 _LEAST_RATE = 0.001
 
@@ -33,13 +35,16 @@ def workflow_in_force(engine: Engine, name: str) -> Workflow:
     return Workflow.from_json(known[name]["workflow"])
 
 
-def without_passwords(workflow: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a definition as it may be shown: the URLs in it without their passwords."""
+def shown(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition (`Workflow.to_json`) as people see it: without the passwords of URLs in its `on:`."""
     entries = [
-        entry | {"queue": entry["queue"] | {"url": mask_url(entry["queue"]["url"])}} if "queue" in entry else entry
-        for entry in workflow.get("on", ())
+        {
+            kind: {name: mask_url(value) if name in _URLS and isinstance(value, str) else value for name, value in of}
+            for kind, of in ((kind, given.items()) for kind, given in entry.items())
+        }
+        for entry in definition.get("on", ())
     ]
-    return dict(workflow) | ({"on": entries} if entries else {})
+    return {**definition, "on": entries} if entries else dict(definition)
 
 
 def explain_workflow(engine: Engine, name: str, *, since: str, limit: int) -> list[dict[str, Any]]:

@@ -386,6 +386,8 @@ def _reopen(
     if parent is not None:
         reopening["timeout_ms"] = _shorter_ms(reopening["timeout_ms"], engine, json.loads(parent))
     reopening["failed"] = list(_failed(record, reopening))
+    if engine.ledger.is_active(run):  # whoever ended the episode has not told of it yet, and this is the last moment
+        engine.tell_followers(run)
     engine.ledger.index(run, int(record.fields["created_at"]))
     answer = engine.ledger.reopen(run, record.episode, reopening)
     if answer.verdict == "unknown":

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import redis
 import structlog
@@ -21,6 +22,10 @@ from orchestrator.engine import Engine
 from orchestrator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# How long an example takes is no property: the machine may be busy.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def wait_until(predicate: Callable[[], Any], description: str, timeout_s: float = 30.0) -> Any:

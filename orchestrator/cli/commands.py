@@ -134,14 +134,15 @@ def _defined(project: Path | None, name: str) -> Workflow:
 def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -> None:
     """List the workflows of the project, and what starts them."""
     from orchestrator.cli.listening import describe_on
-    from orchestrator.operations import without_passwords
     from orchestrator.subscriptions import kind_of_on
 
     loaded = load(settings_of(project))
     if loaded.faults:
         raise DefinitionError(loaded.faults)
-    items = [without_passwords(workflow.to_json()) for workflow in loaded.workflows.values()]
     if as_json:
+        from orchestrator.operations import shown
+
+        items = [shown(workflow.to_json()) for workflow in loaded.workflows.values()]
         print_json({"items": items, "next": None})
         return
     rows = [

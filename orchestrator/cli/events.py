@@ -153,9 +153,9 @@ def events_emit(
     """Put an event of your own on the bus."""
     from orchestrator.operations import read_event
 
-    said = {"type": type_, "source": source, "subject": subject, "id": event_id}
-    given = {} if data is None else {"data": read_json("--data", data)}
-    event = read_event({name: value for name, value in said.items() if value is not None} | given)
+    said = {"type": type_, "source": source, "id": event_id, "subject": subject}
+    given = None if data is None else read_json("--data", data)
+    event = read_event({name: text for name, text in said.items() if text is not None} | {"data": given})
     with engine_of(settings_of(project, data_dir)) as engine:
         engine.bus.publish([event])
     if as_json:

@@ -323,6 +323,10 @@ class Ledger:
         if created is not None and created < before_ms:
             self.close(run)
 
+    def is_active(self, run: str) -> bool:
+        """Tell whether a run is on the list of those in flight: it has not ended, or something is left to do for it."""
+        return self.guard(lambda: self.client.zscore(keys.ACTIVE, run)) is not None
+
     def active(self) -> list[str]:
         """Return the runs in flight, oldest first."""
         return [str(run) for run in self.guard(lambda: self.client.zrange(keys.ACTIVE, 0, -1))]

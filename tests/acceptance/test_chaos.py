@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.workload import TRIGGERED
 from tests.conftest import ROOT, environment
 
 
@@ -27,6 +28,7 @@ def test_everything_ends_although_anything_is_killed(tmp_path: Path) -> None:
     assert {"child", "worker", "server"} <= report["kills"].keys()
     assert sum(report["runs"].values()) > 200
     assert {"cancel", "resume", "redrive"} <= report["acts"].keys()
+    assert set(TRIGGERED) <= report["runs"].keys()
 
 
 def test_a_kill_at_each_named_point_is_repaired(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def check_runs(seen: Evidence) -> list[str]:
         states = ("succeeded",) if seen.is_whole(one) else one.will.states if not one.parent else _ENDS
         if row is None:
             if seen.is_whole(one) or not one.parent:
-                wrong.append(f"no run {one.run} of {where}")
+                wrong.append(f"no run {one.run or f'with {dict(one.params)}'} of {where}")
         elif row["state"] not in states:
             how = f" ({one.will})" if one.will else ""
             wrong.append(f"run {one.run} of {where}{how} is {row['state']}: {row.get('error', '')[:200]}")
@@ -479,7 +479,8 @@ def check_all(
     load: Load, record: Mapping[str, Mapping[str, list[Execution]]], harms: Sequence[Harm]
 ) -> tuple[dict[str, list[str]], Evidence]:
     """Do every check: (name -> what is wrong, what was looked at)."""
-    wrong = {"queues": check_queues(load.engine)}  # first, for it waits for stragglers
+    # First, for these wait for stragglers.
+    wrong = {"sources": load.faults(), "queues": check_queues(load.engine)}
     seen = gather(load, record, harms)
     wrong |= {name: check(seen) for name, check in CHECKS.items()}
     return wrong | {"keys": check_keys(load.engine)}, seen

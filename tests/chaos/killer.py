@@ -18,7 +18,9 @@ from tests.chaos.processes import System, children, part_of_up
 from tests.chaos.record import Harm, Journal, Tail
 
 #: How often each is chosen, of 100.
-WEIGHTS = {"child": 68, "worker": 9, "control": 7, "dispatcher": 6, "trigger": 6, "stop": 4}
+WEIGHTS = {
+    "child": 58, "worker": 8, "control": 9, "dispatcher": 5, "trigger": 8, "beat": 3, "gateway": 3, "list": 2, "stop": 4
+}  # fmt: skip
 _SPARE_LONG = 0.9
 _STOPS = ("parent", "child", "family")
 #: Between two kills of the server; above 30 s `up` starts it again without delay.

@@ -2,8 +2,9 @@
 
 A name is `point@role`, or several joined by ` then `: the next is armed when the one before has struck. Who is killed:
 `child`, `parent` (alone), `worker` (parent and children at once), `dispatcher`, `rescuer`, `timers` or `keeper` (its
-process, while that thread is at the point), `trigger`, `operator` (the command line), or `server` (while a child is at
-the point, or who stands behind a dash). Where something is done with the run, its kind and that follow.
+process, while that thread is at the point), `trigger`, `beat`, `gateway`, `operator` (the command line), or `server`
+(while a child is at the point, or who stands behind a dash). Where a trigger starts the run, its kind follows; where
+something is done with it, its kind and that do.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tests.chaos.workload import Will
+from tests.chaos.workload import TRIGGERED, Will
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Scenario:
     def name(self) -> str:
         name = " then ".join(f"{strike.point}@{strike.role}" for strike in self.strikes)
         if not self.will:
-            return name
+            return f"{name}, {self.kind}" if self.kind in TRIGGERED else name
         nth = self.strikes[-1].nth
         return f"{name}, {self.kind}, {self.will}{f', {nth}' if nth > 1 else ''}"
 
@@ -105,6 +106,33 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_one("seen.before", ("server-dispatcher",), "chain"),
     *_one("emit.before", ("server-trigger",), "take"),
     *_one("mark.before", ("server-trigger",), "take"),
+    # A delivery: on the bus, not answered.
+    *_one("emit.before", ("gateway", "server-gateway"), "hooked"),
+    *_one("emit.after", ("gateway", "server-gateway"), "hooked"),
+    *_one("emit.after", ("gateway",), "answered"),
+    *_one("emit.after", ("gateway",), "posted"),
+    # An object: claimed, on the bus, confirmed; its message deleted.
+    *_one("claim.after", ("trigger", "server-trigger"), "object"),
+    *_one("emit.before", ("trigger",), "object"),
+    *_one("confirm.before", ("trigger", "server-trigger"), "object"),
+    *_one("delete.before", ("trigger",), "object"),
+    *_one("delete.before", ("trigger",), "removed"),
+    # One that is found in a listing: claimed, on the bus, confirmed; the listing has come so far.
+    *_one("claim.after", ("trigger",), "polled"),
+    *_one("confirm.before", ("trigger", "server-trigger"), "polled"),
+    *_one("confirm.after", ("trigger",), "polled"),
+    # A message of a queue: taken, on the bus, let go of.
+    *_one("taken.after", ("trigger",), "listed"),
+    *_one("emit.before", ("trigger", "server-trigger"), "listed"),
+    *_one("settle.before", ("trigger",), "listed"),
+    *_one("settle_sqs.before", ("trigger",), "queued"),
+    # A due time: on the bus, the schedule moved on.
+    *_one("emit.before", ("beat", "server-beat"), "tick", nth=2),
+    *_one("advance.before", ("beat", "server-beat"), "tick", nth=2),
+    *_one("advance.after", ("beat",), "tick", nth=2),
+    # A run has ended: its event on the bus, the run off the list of those in flight.
+    *_one("told.before", _EXECUTORS, "after"),
+    *_one("told.after", _EXECUTORS, "after"),
     # A nested run: started, ended, its parent told.
     *_one("start_index.after", ("child", "worker"), "nested"),
     *_one("start.after", ("child", "worker"), "nested"),

@@ -25,12 +25,17 @@ from tests.chaos.load import Load, settings_of
 from tests.chaos.points import SCENARIOS, Scenario
 from tests.chaos.processes import Role, System, environment, is_ready, wait_for
 from tests.chaos.report import Report, console
-from tests.chaos.workload import RECORD, Expected, write_project
+from tests.chaos.sources import Sources
+from tests.chaos.workload import RECORD, TRIGGERED, Expected, write_project
 
 #: The run has ended after this, and its next step has begun after that: 15 s by guarantee G5, and what a process that
 #: is started again takes on a busy machine.
 _END_S = 90.0
 NEXT_S = 20.0
+#: What a process has taken off an SQS queue comes back after this, besides.
+_TAKEN_S = {"object": 15.0, "removed": 15.0, "queued": 60.0}
+#: Roles that a kind needs besides those that all need.
+_ALSO = {"hooked": ("gateway",), "answered": ("gateway",), "posted": ("gateway",), "tick": ("beat",)}
 _LATER_S = 10.0
 
 
@@ -95,14 +100,19 @@ class _Place:
                 [{"point": point, "role": role, "seconds": s} for point, role, s in self._scenario.pauses]
             ),
         }
-        write_project(self._work / "project")
+        kind = self._scenario.kind
+        write_project(self._work / "project", {kind} & set(TRIGGERED))
         self._data_dir.mkdir()
+        self._sources = Sources(self._work, {kind})
 
     def run(self) -> dict[str, Any]:
         try:
             self._start()
             hand = _CommandLine(self._work, self._data_dir, self._env)
-            load = Load(self._work, self._data_dir, random.Random(0), hand)
+            load = Load(
+                self._work, self._data_dir, random.Random(0), hand, self._sources,
+                follows=self._scenario.kind == "after", ticks=self._scenario.kind == "tick",
+            )  # fmt: skip
             load.ready = self._is_at_work
             try:
                 return self._judge(load)
@@ -110,14 +120,16 @@ class _Place:
                 load.close()
         finally:
             self._system.stop(timeout_s=15)
+            self._sources.close()
 
     def _start(self) -> None:
         server = Role("server", EmbeddedServer(self._data_dir, fsync="always").prepare(), started=self._note_server)
         self._system.start(server)
+        self._sources.join(self._system)
         place = ("--project", str(self._work / "project"), "--data-dir", str(self._data_dir))
-        for name in ("dispatcher", "trigger", "worker"):
+        for name in ("dispatcher", "trigger", "worker", *_ALSO.get(self._scenario.kind, ())):
             command = [sys.executable, "-P", "-m", "tests.chaos.role", name, *place]
-            self._system.start(Role(name, command, self._env))
+            self._system.start(Role(name, command, self._env | self._sources.env))
         wait_for(lambda: is_ready(self._data_dir), "the definitions are in force")
 
     def _note_server(self, pid: int) -> None:
@@ -137,17 +149,30 @@ class _Place:
             )
         return arms
 
+    def _begin(self, load: Load) -> None:
+        scenario = self._scenario
+        if scenario.kind == "take":
+            load.drop(scenario.x, 0.0)
+        elif scenario.kind == "after":
+            load.emit("chain", x=scenario.x)
+        elif scenario.kind == "tick":
+            self._wait_for_strikes()
+            load.end_schedule()
+        elif scenario.kind in TRIGGERED:
+            load.send(scenario.kind)
+        else:
+            load.emit(scenario.kind, scenario.will, x=scenario.x, **scenario.params)
+        if scenario.litter:
+            load.throw()
+
+    def _wait_for_strikes(self) -> None:
+        _until(lambda: len(record.read_harms(self._work / "harms.jsonl")) >= len(self._scenario.strikes), _LATER_S)
+
     def _judge(self, load: Load) -> dict[str, Any]:
         faults: dict[str, list[str]] = {}
-        if self._scenario.kind == "take":
-            load.drop(self._scenario.x, 0.0)
-        else:
-            load.emit(self._scenario.kind, self._scenario.will, x=self._scenario.x, **self._scenario.params)
-        if self._scenario.litter:
-            load.throw()
+        self._begin(load)
         ended = _until(lambda: (load.refresh(), not load.in_flight)[1], _END_S)
-        # What is no part of the run may come a moment later.
-        _until(lambda: len(record.read_harms(self._work / "harms.jsonl")) >= len(self._scenario.strikes), _LATER_S)
+        self._wait_for_strikes()  # what is no part of the run may come a moment later
         harms = record.read_harms(self._work / "harms.jsonl")
         bodies = record.parse((self._work / "record").read_text().splitlines())
         if ended is None:
@@ -165,7 +190,7 @@ class _Place:
         waited = min(later) - struck if struck and later else None
         total = ended - struck if struck and ended else None
         took = waited if waited is not None else total
-        if took is not None and took > NEXT_S:
+        if took is not None and took > NEXT_S + _TAKEN_S.get(self._scenario.kind, 0.0):
             faults["recovery"] = [f"it went on after {took:.1f} s"]
         return {
             "name": self._scenario.name,

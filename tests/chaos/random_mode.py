@@ -13,14 +13,17 @@ from pathlib import Path
 from tests.chaos import checks, record, recovery
 from tests.chaos.killer import Killer, Parts
 from tests.chaos.load import Load
-from tests.chaos.processes import Role, System, is_ready, orchestrator, wait_for
+from tests.chaos.processes import Role, System, is_ready, orchestrator, server_url, wait_for
 from tests.chaos.report import Report, console, slowest, summarise
-from tests.chaos.workload import write_project
+from tests.chaos.sources import Sources
+from tests.chaos.workload import TRIGGERED, write_project
 
 #: No progress for so long, with nobody killed any more, means that something is lost.
 STUCK_S = 120.0
-#: Rounds start while fewer runs than this are in flight.
+#: Rounds start while fewer runs of events and files than this are in flight.
 _IN_FLIGHT = 18
+#: Between two cuts of the connections to the store, on average.
+_CUT_S = 8.0
 
 
 def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
@@ -31,25 +34,28 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
     report.logs = str(work)
     console.print(f"seed {seed}, logs in {work}", style="dim")
     project, data_dir = work / "project", work / "data"
-    write_project(project)
-    system = System(work)
+    write_project(project, TRIGGERED)
+    system, sources = System(work), Sources(work, TRIGGERED)
     place = ("--project", str(project), "--data-dir", str(data_dir))
-    system.start(Role("up", orchestrator("up", *place)))
     try:
+        sources.join(system)
+        system.start(Role("up", orchestrator("up", *place), sources.env))
         wait_for(lambda: is_ready(data_dir), "`up` is ready")
-        for name in ("dispatcher", "trigger", "worker"):
-            system.start(Role(name, orchestrator(name, *place)))
-        load = Load(work, data_dir, random.Random(seed))
+        for name in ("dispatcher", "trigger", "beat", "worker"):
+            system.start(Role(name, orchestrator(name, *place), sources.env))
+        system.start(_second_gateway(work, sources))
+        load = Load(work, data_dir, random.Random(seed), sources=sources, follows=True, ticks=True)
         killer = Killer(Parts(system), work, random.Random(seed + 1))
         starter = threading.Thread(target=load.run, args=(_IN_FLIGHT,), name="load")
         starter.start()
         try:
-            _strike(killer, load, kills, began + minutes * 60, every_s, random.Random(seed + 2))
+            _strike(killer, load, sources, kills, began + minutes * 60, every_s, random.Random(seed + 2))
         finally:
             load.stop.set()
             starter.join()
             killer.close()
-        report.kills, report.stops = dict(killer.counts), dict(killer.stops)
+        report.kills, report.stops, report.cuts = dict(killer.counts), dict(killer.stops), sources.cuts
+        load.end_schedule()
         console.print(f"{killer.kills} killed; {load.in_flight} of {len(load.roots)} runs are in flight", style="dim")
         if not _settle(load, work):
             state = checks.state_of(load.engine, load.open)
@@ -59,20 +65,35 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
         load.close()
     finally:
         codes = system.stop()
+        sources.close()
     if codes["up"] != 0:
         report.faults["stop"] = [f"`up` ended with exit code {codes['up']}"]
     report.seconds = time.monotonic() - began
     return report
 
 
-def _strike(killer: Killer, load: Load, kills: int, until: float, every_s: float, chance: random.Random) -> None:
-    said = strike_at = time.monotonic()
+def _second_gateway(work: Path, sources: Sources) -> Role:
+    """Return a gateway beside that of `up`, with a data directory of its own, where it writes down its address."""
+    url = server_url(work / "data")
+    assert url is not None
+    env = {**sources.env, "ORCHESTRATOR_BROKER_URL": url, "ORCHESTRATOR_LEDGER_URL": url}
+    place = ("--project", str(work / "project"), "--data-dir", str(work / "gateway"))
+    return Role("gateway", orchestrator("gateway", *place), env)
+
+
+def _strike(
+    killer: Killer, load: Load, sources: Sources, kills: int, until: float, every_s: float, chance: random.Random
+) -> None:
+    said = strike_at = cut_at = time.monotonic()
     while killer.kills < kills and time.monotonic() < until:
         time.sleep(0.02)
         killer.wake(time.monotonic())
         if time.monotonic() >= strike_at:
             killer.strike()
             strike_at = time.monotonic() + chance.uniform(0.2, 1.8) * every_s
+        if time.monotonic() >= cut_at:
+            sources.cut()
+            cut_at = time.monotonic() + chance.uniform(0.2, 1.8) * _CUT_S
         if time.monotonic() - said > 30:
             said = time.monotonic()
             console.print(f"{killer.kills} killed, {load.in_flight} of {len(load.roots)} runs in flight", style="dim")

@@ -30,6 +30,7 @@ class Report:
     seconds: float = 0.0
     kills: dict[str, int] = field(default_factory=dict)
     stops: dict[str, int] = field(default_factory=dict)
+    cuts: int = 0
     runs: dict[str, int] = field(default_factory=dict)
     acts: dict[str, int] = field(default_factory=dict)
     bodies: int = 0
@@ -54,6 +55,7 @@ class Report:
         table.add_row("time", f"{self.seconds:.0f} s")
         table.add_row("kills", f"{sum(self.kills.values())}: {_counts(self.kills)}")
         table.add_row("stops past the lease", f"{sum(self.stops.values())}: {_counts(self.stops)}")
+        table.add_row("connections cut", f"{self.cuts} times")
         table.add_row("runs", f"{sum(self.runs.values())}: {_counts(self.runs)}")
         table.add_row("asked for", _counts(self.acts))
         table.add_row("bodies run", f"{self.bodies}, of which again {sum(self.repeated.values())}")

@@ -1,6 +1,6 @@
 """A launcher for one role, in which named points of the code kill the process; then it is `orchestrator ROLE ...`.
 
-    python -m tests.chaos.role dispatcher|trigger|worker|runs|dead-letters ARGUMENTS
+    python -m tests.chaos.role dispatcher|trigger|beat|gateway|worker|runs|dead-letters ARGUMENTS
 
 What is armed comes in the environment as JSON, CHAOS_ARMS: [{"point", "role", "nth", "marker", "after"}], each struck
 once, by whoever makes its marker file; one with `after` is armed when that marker is there. CHAOS_PAUSES: [{"point",
@@ -39,6 +39,8 @@ class Point:
 
 _LEDGER = "orchestrator.ledger.ledger:Ledger."
 _LETTERS = "orchestrator.deadletters:DeadLetters."
+_ROLES = ("dispatcher", "trigger", "beat", "gateway", "worker")
+_ADVANCE = "orchestrator.schedules:ScheduleStore.put_states"
 #: Threads of a dispatcher that have a role of their own.
 _CARE = ("rescuer", "timers", "keeper")
 
@@ -49,6 +51,11 @@ def _ledger(verb: str, when: str, counts: Callable[[tuple[Any, ...], Any], bool]
 
 def _units(rows: Sequence[str]) -> list[str]:
     return [row for row in rows if row[0] not in CHORES]
+
+
+def _advances(rows: Sequence[Any]) -> bool:
+    """Tell whether schedules go on from what was emitted, and are not merely taken up."""
+    return any(state is not None and state.last_due for _, _, state in rows)
 
 
 POINTS = {
@@ -91,7 +98,26 @@ POINTS = {
     "emit.before": Point("orchestrator.bus:EventBus.publish", "before"),
     "mark.before": _ledger("write", "before"),
     "seen.before": Point("orchestrator.eventlog:EventLog.note", "before"),
-    "ended.before": Point("orchestrator.engine:Engine.tell_followers", "before"),
+    "told.before": Point("orchestrator.engine:Engine.tell_followers", "before"),
+    "told.after": Point("orchestrator.engine:Engine.tell_followers", "after"),
+    "emit.after": Point("orchestrator.bus:EventBus.publish", "after"),
+    "claim.after": Point(
+        "orchestrator.ledger.objects:ObjectRecords.claim",
+        "after",
+        lambda _, claims: any(claim.event_id for claim in claims),
+    ),
+    "confirm.before": Point(
+        "orchestrator.ledger.objects:ObjectRecords.confirm", "before", lambda given, _: bool(given[1])
+    ),
+    "confirm.after": Point(
+        "orchestrator.ledger.objects:ObjectRecords.confirm", "after", lambda given, _: bool(given[1])
+    ),
+    "delete.before": Point("triggers.notified:_Receiving._delete", "before", lambda given, _: bool(given[1])),
+    "taken.after": Point("triggers.queue_redis:RedisSource.take", "after", lambda _, taken: bool(taken)),
+    "settle.before": Point("triggers.queue_redis:RedisSource.settle", "before"),
+    "settle_sqs.before": Point("triggers.queue_sqs:SqsSource.settle", "before"),
+    "advance.before": Point(_ADVANCE, "before", lambda given, _: _advances(given[1])),
+    "advance.after": Point(_ADVANCE, "after", lambda given, _: _advances(given[1])),
 }
 
 #: Who reaches the point that is struck under this name; others reach it themselves.
@@ -104,6 +130,8 @@ _REACHED_BY = {
     "server-timers": "timers",
     "server-keeper": "keeper",
     "server-operator": "operator",
+    "server-beat": "beat",
+    "server-gateway": "gateway",
 }
 
 
@@ -184,7 +212,7 @@ def _wrap(name: str, point: Point, arms: _Arms) -> None:
 
 def main() -> None:
     """Wrap what is armed and become the role."""
-    arms = _Arms(sys.argv[1] if sys.argv[1] in ("dispatcher", "trigger", "worker") else "operator")
+    arms = _Arms(sys.argv[1] if sys.argv[1] in _ROLES else "operator")
     armed = {
         entry["point"] for variable in ("CHAOS_ARMS", "CHAOS_PAUSES") for entry in json.loads(os.environ[variable])
     }

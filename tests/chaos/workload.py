@@ -6,7 +6,7 @@ Every body writes a line to the outside record when it begins and one when it en
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,9 @@ EVENT_TYPE = "chaos."
 RECORD = "record"
 #: Directories beside the record: which crashes have been, and which runs are mended.
 CRASHES, MENDED = "crashes", "mended"
+#: The bucket that notifies a queue, but of names that end in TOLD alone; and one that does not.
+BUCKET, NOTIFICATIONS, TOLD = "chaos", "notifications", ".txt"
+POLLED_BUCKET = "polled"
 
 TASKS = '''
 """Bodies that say on disk, in one write each, that they begin and that they end."""
@@ -119,6 +122,10 @@ concurrency = 2
 """
 
 
+#: Types of parameters that are no numbers; None: any.
+_TYPES = {"path": "string", "key": "string", "due_at": "string", "run": "string", "state": "string", "output": None}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """A workflow, and what must come of a run of it.
@@ -127,7 +134,8 @@ class Kind:
     params). `attempts` says how many attempts a slot needs (else 1), `crashes` how often it crashes its process,
     `broken` which slots fail until they are mended. All are functions of the run's parameters. `timed` are the slots
     with a timeout, `maximum` is how many attempts the policies allow in an episode (of hooks: 1). A run of a kind that
-    `pauses` waits for times, or for somebody to go on with it.
+    `pauses` waits for times, or for somebody to go on with it. `on` is what starts it, if not an event of its own, and
+    `at` where its parameters are in that event.
     """
 
     name: str
@@ -138,6 +146,7 @@ class Kind:
     children: Callable[[Mapping[str, Any]], Sequence[tuple[str, int | None, str, dict[str, Any]]]] = lambda _: ()
     params: Sequence[str] = ("x",)
     on: Mapping[str, Any] | None = None
+    at: str = "event.data."
     on_failure: Mapping[str, Any] = field(default_factory=dict)
     finally_: Mapping[str, Any] = field(default_factory=dict)
     attempts: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda _: {}
@@ -159,11 +168,9 @@ class Kind:
 
     def definition(self) -> dict[str, Any]:
         on = self.on or {"event": {"type": [EVENT_TYPE + self.name]}}
-        source = "event.data.path" if self.on else "event.data."
         names = {
-            name: {"default": "{{ " + (source if self.on else source + name) + " }}"}
-            | ({"type": "string"} if self.on else {"type": "integer"})
-            for name in self.params
+            name: {"default": "{{ " + self.at + name + " }}", **({"type": kind} if kind else {})}
+            for name, kind in ((name, _TYPES.get(name, "integer")) for name in self.params)
         }
         hooks = {"on_failure": self.on_failure, "finally": self.finally_}
         return {
@@ -422,13 +429,79 @@ def _slow_inner() -> Kind:
     )  # fmt: skip
 
 
+def _sent(name: str, on: Mapping[str, Any] | None = None, *, at: str = "event.data.", param: str = "x") -> Kind:
+    """What a trigger starts, with a number."""
+    steps = {"a": _add(f"params.{param}", "1"), "b": _add("a", "1", seconds=0.02)}
+    return Kind(
+        name=name, steps=steps, output="{{ b }}", result=lambda p: p[param] + 2, slots=lambda _: list(steps),
+        params=(param,), on=on, at=at,
+    )  # fmt: skip
+
+
+def _hook(name: str, **options: Any) -> Kind:
+    verify = {
+        "secrets": ["env:CHAOS_SECRET"], "header": "X-Signature", "prefix": "v1=", "timestamp_header": "X-Time",
+        "payload": "{timestamp}.{body}", "id_header": "Idempotency-Key",
+    }  # fmt: skip
+    return _sent(name, {"webhook": {"path": name, "verify": {"hmac": verify}, **options}}, at="event.data.body.")
+
+
+def _queue(name: str, url: str) -> Kind:
+    return _sent(name, {"queue": {"url": f"env:{url}", "queue": name}}, at="event.data.body.")
+
+
+def _object(name: str, bucket: str, **options: str) -> Kind:
+    """An object of N bytes."""
+    return _sent(name, {"s3": {"bucket": bucket, "prefix": "in/", **options}}, param="size")
+
+
+def _removed() -> Kind:
+    on = {"bucket": BUCKET, "prefix": "gone/", "queue": NOTIFICATIONS, "events": "removed"}
+    return Kind(
+        name="removed", steps={"a": _add("1", "1")}, output="{{ params.key }}", result=lambda p: p["key"],
+        slots=lambda _: ["a"], params=("key",), on={"s3": on},
+    )  # fmt: skip
+
+
+def _tick() -> Kind:
+    return Kind(
+        name="tick", steps={"a": _add("1", "1")}, output="{{ params.due_at }}", result=lambda p: p["due_at"],
+        slots=lambda _: ["a"], params=("due_at",), on={"schedule": {"every": "1s", "catchup": "all"}},
+    )  # fmt: skip
+
+
+#: Each end of a run of these has a run of `after`.
+FOLLOWED = ("chain", "slow", "mend")
+
+
+def _after() -> Kind:
+    return Kind(
+        name="after",
+        steps={"a": _add("params.episode", "1")},
+        output="{{ [a, params.run, params.state, params.output] }}",
+        result=lambda p: [p["episode"] + 1, p["run"], p["state"], p["output"]],
+        slots=lambda _: ["a"],
+        params=("run", "state", "episode", "output"),
+        on={"run": {"workflow": list(FOLLOWED), "state": ["succeeded", "failed", "cancelled"]}},
+    )
+
+
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         _chain(), _diamond(), _tangle(), _fan(), _wide(), _shared(), _nested(), _long(), _take(),
         _flaky(), _crashy(), _hang(), _mend(), _outer(), _slow(), _slow_inner(),
+        _hook("hooked"), _hook("answered", respond="sync", timeout="5s"),
+        _object("object", BUCKET, queue=NOTIFICATIONS, reconcile="20s"), _object("polled", POLLED_BUCKET, poll="2s"),
+        _removed(), _sent("posted"),
+        _queue("listed", "CHAOS_LIST_URL"), _queue("queued", "CHAOS_SQS_URL"), _tick(), _after(),
     )
 }  # fmt: skip
+#: Those that are started by what is beside the system (sources.py), the clock, or other runs; a project has them if it
+#: says so.
+TRIGGERED = (
+    "hooked", "answered", "posted", "object", "polled", "removed", "listed", "queued", "tick", "after",
+)  # fmt: skip
 
 
 class Will(StrEnum):
@@ -460,13 +533,13 @@ class Will(StrEnum):
         return {Will.LEAVE: ("failed",), Will.CANCEL: ("cancelled", "succeeded")}.get(self, ("succeeded",))
 
 
-def write_project(root: Path) -> None:
-    """Write the project to `root`; the record is made beside it."""
+def write_project(root: Path, triggered: Collection[str] = ()) -> None:
+    """Write the project to `root`, with some of the TRIGGERED; the record is made beside it."""
     (root / "workflows").mkdir(parents=True)
     (root / "inbox").mkdir()
     (root / "tasks.py").write_text(TASKS)
     (root / "orchestrator.toml").write_text(SETTINGS)
-    for kind in KINDS.values():
+    for kind in (kind for kind in KINDS.values() if kind.name not in TRIGGERED or kind.name in triggered):
         # JSON is YAML.
         (root / "workflows" / f"{kind.name}.yaml").write_text(json.dumps(kind.definition(), indent=1))
     (root.parent / RECORD).touch()

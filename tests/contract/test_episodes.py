@@ -685,7 +685,7 @@ def slots_of(plan: Plan, final: Mapping[str, str]) -> set[str]:
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32), cancel_at=st.none() | st.integers(0, 30))
-@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_run_ends_and_is_brought_to_its_end_in_further_episodes(
     engine: Engine, ledger: Ledger, shape: list[Step], seed: int, cancel_at: int | None
 ) -> None:

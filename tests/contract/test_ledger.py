@@ -589,7 +589,7 @@ def expected(graph: list[tuple[str, list[str], TriggerRule, str]]) -> dict[str, 
 
 
 @given(graph=graphs(), seed=st.integers(0, 2**32), inline=st.booleans())
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_graph_ends_as_documented(
     ledger: Ledger, graph: list[tuple[str, list[str], TriggerRule, str]], seed: int, *, inline: bool
 ) -> None:
@@ -633,7 +633,7 @@ def shapes(draw: st.DrawFn) -> list[Step]:
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32))
-@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_graph_ends_whatever_is_lost(ledger: Ledger, shape: list[Step], seed: int) -> None:
     """Messages get lost and come twice, processes die between any two verbs; what is left says how to go on."""
     chance = random.Random(seed)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator.deadletters import DeadLetter
 from orchestrator.engine import Engine
+from orchestrator.ledger import keys
+from orchestrator.plan import Plan
+from orchestrator.workflows import Step, Workflow
 from tests.chaos import checks
 from tests.chaos.acts import Act, Snapshot, counts_of
 from tests.chaos.checks import Evidence
+from tests.chaos.load import Load
 from tests.chaos.record import Execution, Harm, parse
 from tests.chaos.recovery import measure
+from tests.chaos.sources import Sources
 from tests.chaos.workload import KINDS, Expected, Will
+from tests.conftest import Server
 
 RUN = Expected("r", KINDS["tangle"], {"x": 1})
 
@@ -284,3 +292,53 @@ def test_what_a_stopped_process_had_taken_before_is_blamed_on_the_stop() -> None
     by_sleeper, by_other = Execution("a", 1, 11, 14.01), Execution("a", 1, 20, 14.02)
     assert checks.blame(by_sleeper, by_other, asleep) == checks.blame(by_other, by_sleeper, asleep) == "stop family"
     assert checks.blame(Execution("a", 1, 12, 14.01), by_other, asleep) == "lease"
+
+
+class _Accepted(Sources):
+    """A source that has accepted things beforehand."""
+
+    def __init__(self, work: Path, accepted: list[Expected]) -> None:
+        super().__init__(work, ())
+        self._accepted = accepted
+
+    def collect(self) -> list[Expected]:
+        accepted, self._accepted = self._accepted, []
+        return accepted
+
+
+def test_a_run_whose_id_nobody_can_know_is_found_by_its_input(own_server: Server, tmp_path: Path) -> None:
+    """Of two with the same input nobody asked for one; and one that never comes is missing."""
+    listed = KINDS["listed"]
+    things = [Expected("", listed, {"x": x}) for x in (1, 2)]
+    (tmp_path / "project").mkdir()
+    sources = _Accepted(tmp_path, things)
+    load = Load(tmp_path, own_server.data_dir, random.Random(0), sources=sources)
+    workflow = Workflow(name="listed", steps=(Step(id="a", task="t:a"),))
+    plan = Plan.of(workflow)
+    load.engine.ledger.publish_workflows([plan])
+    for run in ("first", "second"):
+        load.engine.start(run, plan, event={"id": run, "source": "s", "type": "t", "data": {}}, params={"x": 1})
+    load.refresh()
+    assert load.in_flight == 2
+    assert [(one.run, one.params) for one in load.expected()] == [("first", {"x": 1}), ("", {"x": 2})]
+    seen = checks.gather(load, {}, [])
+    wrong = checks.check_runs(replace(seen, runs={run: row | {"state": "failed"} for run, row in seen.runs.items()}))
+    assert wrong[1:] == ["no run with {'x': 2} of listed", "nobody asked for run second of listed"]
+    load.close()
+    sources.close()
+
+
+def test_each_end_of_a_run_that_is_followed_has_a_run(own_server: Server, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    load = Load(tmp_path, own_server.data_dir, random.Random(0), follows=True)
+    one = load.emit("mend", Will.RESUME, x=1, broken=1, hook=0)
+    assert one is not None
+    load.operator.snapshots[one.run] = {1: Snapshot(1, "failed", {}, {}, ())}
+    run = keys.run_key(one.run, "run")
+    load.engine.ledger.client.hset(run, mapping={"state": "succeeded", "episode": "2"})
+    load.refresh()
+    assert [after.params for after in load.open.values()] == [
+        {"run": one.run, "state": "failed", "episode": 1, "output": None},
+        {"run": one.run, "state": "succeeded", "episode": 2, "output": 64},
+    ]
+    load.close()

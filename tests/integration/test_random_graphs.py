@@ -27,7 +27,7 @@ def graphs(draw: st.DrawFn) -> list[list[int]]:
 
 
 @given(above=graphs())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_step_runs_once_and_after_its_upstreams(place: Place, tmp_path: Path, above: list[list[int]]) -> None:
     record = tmp_path / uuid.uuid4().hex
     run = place.run(
@@ -52,7 +52,7 @@ def test_every_step_runs_once_and_after_its_upstreams(place: Place, tmp_path: Pa
 
 
 @given(above=graphs(), slow=st.integers(0, STEPS - 1))
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_step_waits_for_one_that_is_not_upstream_of_it(
     place: Place, tmp_path: Path, above: list[list[int]], slow: int
 ) -> None:

@@ -3,7 +3,6 @@
 from datetime import UTC, datetime
 
 from orchestrator.cli.listening import listened_to
-from orchestrator.operations import without_passwords
 from orchestrator.recurrence import OnSchedule
 from orchestrator.subscriptions import OnEvent, OnFile, OnQueue, OnRun, OnS3, OnWebhook, Verification
 from orchestrator.workflows import Workflow
@@ -44,16 +43,3 @@ def test_each_kind_says_what_it_listens_to():
         ("event", "shop.order.placed, ... for w"),
         ("event", "a pattern for w"),
     ]
-
-
-def test_a_definition_is_shown_without_the_passwords_in_it():
-    """To everybody who may read, by the command line or the API; what runs keeps them."""
-    body = of(OnQueue(url="amqp://me:secret@rabbit/shop", queue="orders"), OnWebhook(path="a")).to_json()
-    shown = without_passwords(body)
-    assert shown["on"] == [
-        {"queue": {"url": "amqp://me:***@rabbit/shop", "queue": "orders"}},
-        {"webhook": {"path": "a"}},
-    ]
-    assert shown | {"on": body["on"]} == body
-    assert "secret" in str(body)
-    assert without_passwords(of().to_json()) == of().to_json()

@@ -186,7 +186,7 @@ def _values(field: str | set[int], count: int) -> set[int]:
     return set(range(0, count, int(field[2:] or 1))) if isinstance(field, str) else field
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cron=CRONS, zone=ZONES, near=MOMENTS)
 def test_cron_is_what_a_look_at_the_clock_finds(cron: Any, zone: str, near: datetime) -> None:
     """Go through three days minute by minute, with a change of the clocks in them where there is one near."""
@@ -231,7 +231,7 @@ SCHEDULES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(on=SCHEDULES, after=MOMENTS, skip=st.integers(1, 30))
 def test_whoever_asks_from_when_finds_the_same(on: OnSchedule, after: datetime, skip: int) -> None:
     assert schedule_faults(on) == []
@@ -246,7 +246,6 @@ def test_whoever_asks_from_when_finds_the_same(on: OnSchedule, after: datetime, 
         assert last_due(on, found[skip].at - timedelta(microseconds=1)) == found[skip - 1]
 
 
-@settings(deadline=None)
 @given(seconds=st.floats(0, 86400), due=MOMENTS)
 def test_jitter_depends_on_name_and_time_alone(seconds: float, due: datetime) -> None:
     on = OnSchedule(every_s=1, jitter_s=seconds)
@@ -341,7 +340,7 @@ def test_each_refusal_names_the_field(given: dict[str, Any], expected: str) -> N
     assert any(fault.startswith(expected) for fault in faults), faults
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="0123456789*/,-#LW@ aMONJé²", max_size=30))
 def test_no_text_is_more_than_a_fault(text: str) -> None:
     """Whatever stands there is sound, and due one day, or a fault."""
