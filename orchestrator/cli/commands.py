@@ -121,7 +121,7 @@ def build(name: str, project: ProjectOption = None) -> None:
 
 
 def _defined(project: Path | None, name: str) -> Workflow:
-    loaded = load(settings_of(project))
+    loaded = load(settings_of(project), with_secrets=False)
     found = loaded.workflows.get(name)
     if found is not None:
         return found
@@ -136,7 +136,7 @@ def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -
     from orchestrator.cli.listening import describe_on
     from orchestrator.subscriptions import kind_of_on
 
-    loaded = load(settings_of(project))
+    loaded = load(settings_of(project), with_secrets=False)
     if loaded.faults:
         raise DefinitionError(loaded.faults)
     if as_json:
