@@ -648,6 +648,12 @@ def test_the_schema_is_what_is_read():
         assert RetryPolicy(**given) == RetryPolicy()
     assert policy["properties"]["jitter"]["enum"] == list(Jitter)
     assert definitions["Step"]["oneOf"] == [{"required": [k]} for k in ("task", "workflow", "sleep", "until")]
+    schedules = [{"required": [k]} for k in ("cron", "every", "at")] + [
+        {"required": ["solar", "latitude", "longitude"]}
+    ]
+    assert definitions["ScheduleTrigger"]["oneOf"] == schedules
+    assert definitions["S3Trigger"]["anyOf"] == [{"required": ["queue"]}, {"required": ["poll"]}]
+    assert definitions["RunTrigger"]["properties"]["state"]["anyOf"][0]["enum"] == ["succeeded", "failed", "cancelled"]
     assert {"$ref": "#/$defs/Param"} in schema["properties"]["params"]["additionalProperties"]["anyOf"]
     assert '"null"}' not in json.dumps(schema)
 
