@@ -28,7 +28,7 @@ from orchestrator.on_schema import OnEntry
 from orchestrator.patterns import EventPattern, PatternError
 from orchestrator.schema import File, Place, kind_of, shape_faults, take_out
 from orchestrator.schema import json_schema as json_schema
-from orchestrator.subscriptions import On, OnEvent, kind_of_on
+from orchestrator.subscriptions import UNREADABLE, On, OnEvent, kind_of_on
 from orchestrator.workflows import Param, Phase, Step, TriggerRule, Workflow
 
 MAX_BYTES = 1_000_000
@@ -98,9 +98,9 @@ class _Reading:
                 self.fault((), f"must be a mapping with `workflow:` and `steps:`, not {kind_of(data)}")
             return Definition(None, self.faults, self.lines)
         workflow = self._workflow(self._shape(data))
+        taken_out = set(self.at_fault)
         for place, message in workflow.faults():
-            # What was taken out for its shape is not also missed.
-            if place not in self.at_fault and not (place == ("steps",) and any(p[:1] == place for p in self.at_fault)):
+            if not _is_missed(place, taken_out):
                 self.fault(place, message)
         self.faults.sort(key=lambda fault: fault.line or 0)
         return Definition(workflow, self.faults, self.lines)
@@ -171,12 +171,13 @@ class _Reading:
 
     def _shape(self, data: dict[str, Any]) -> File:
         for _ in range(20):  # two rounds do, unless a field was wrong in several ways
+            taken_out = set(self.at_fault)
             try:
                 return File.model_validate(data)
             except ValidationError as exc:
                 for error in exc.errors(include_url=False):
                     for place, message in shape_faults(tuple(map(str, error["loc"])), error):
-                        if place not in self.at_fault:
+                        if not _is_missed(place, taken_out):
                             self.fault(place, message)
                     take_out(data, error["loc"])
         return File(workflow="", steps={})
@@ -188,7 +189,7 @@ class _Reading:
         return Workflow(
             name=file.workflow,
             description=file.description,
-            on=tuple(found for number, on in enumerate(file.on) if (found := self._on(on, ("on", str(number))))),
+            on=tuple(self._on(on, ("on", str(number))) for number, on in enumerate(file.on)),
             params={name: self._param(param, ("params", name)) for name, param in file.params.items()},
             steps=(
                 *self._steps(Phase.STEPS, file.steps),
@@ -201,13 +202,13 @@ class _Reading:
             has_output="output" in given,
         )
 
-    def _on(self, on: OnEntry, place: Place) -> On | None:
+    def _on(self, on: OnEntry, place: Place) -> On:
         found = on.build()
         if found is None:
             if not any(known[: len(place)] == place for known in self.at_fault):
                 kinds = ", ".join(f"`{kind}`" for kind in OnEntry.model_fields)
                 self.fault(place, f"must have one of the keys {kinds}; write one entry for each")
-            return None
+            return UNREADABLE
         pattern = getattr(found, "pattern", None)
         if pattern is not None:
             where = (kind_of_on(found),) if isinstance(found, OnEvent) else (kind_of_on(found), "pattern")
@@ -260,6 +261,12 @@ def pattern_faults(pattern: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     except PatternError as exc:
         return exc.faults
     return ()
+
+
+def _is_missed(place: Place, taken_out: set[Place]) -> bool:
+    """Tell whether what is wrong at `place` was found already, or is only that something at fault was taken out."""
+    around = place == ("steps",) or place[:1] == ("on",)
+    return place in taken_out or (around and any(known[: len(place)] == place for known in taken_out))
 
 
 def _scalar(node: Node) -> object:

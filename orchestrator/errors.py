@@ -97,11 +97,16 @@ class TaskNotFoundError(OrchestratorError):
 
 def definition_error(*faults: tuple[str, str]) -> DefinitionError:
     """Return the error for what is wrong, as (field, message), in a call of ours; its place is the caller's file."""
+    file, line = place_of_call()
+    return DefinitionError(Fault(file=file, line=line, field=field, message=message) for field, message in faults)
+
+
+def place_of_call() -> tuple[str, int]:
+    """Return the file and the line of the call that led into this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame = frame.f_back
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    return DefinitionError(Fault(file=file, line=line, field=field, message=message) for field, message in faults)
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 # -- The words used everywhere for what is wrong. -------------------------------------------------------------------

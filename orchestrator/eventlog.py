@@ -22,6 +22,8 @@ from orchestrator.payloads import Payloads
 from orchestrator.runs import rfc3339
 from orchestrator.settings import Settings
 
+#: Why an event was nothing to a workflow that there was not at that time.
+NOT_IN_FORCE = "it was not in force then"
 #: What may come of an event: the best of its verdicts, or that it was one of a loop.
 VERDICTS = ("started", "refused", "no_match", "loop")
 _PAGE = 200
@@ -164,7 +166,7 @@ class EventLog:
 
     def _no_match(self, workflow: str, record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
         matcher, names = self._matcher(fields["definitions"])
-        reason = self._why_not(matcher, workflow, record) if workflow in names else "it was not in force then"
+        reason = self._why_not(matcher, workflow, record) if workflow in names else NOT_IN_FORCE
         return Verdict(verdict="no_match", reason=reason).to_json()
 
     @staticmethod

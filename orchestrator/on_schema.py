@@ -27,6 +27,8 @@ def _one_or_more(value: object) -> object:
 
 
 _Texts = Annotated[list[str], BeforeValidator(_one_or_more, json_schema_input_type=str | list[str])]
+_S3Event = Literal["created", "removed"]
+_RunEnd = Literal["succeeded", "failed", "cancelled"]
 _Pattern = Annotated[
     dict[str, Any] | None,
     Field(default=None, description="EventBridge-style pattern that the events must match besides."),
@@ -55,16 +57,18 @@ class FileTrigger(Model):
 class S3Trigger(Model):
     """Start a run for each object that is made in a bucket, or removed from it."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [key]} for key in ("queue", "poll")]})
+
     bucket: str = Field(min_length=1, description="Name of the bucket.")
     prefix: str = Field(default="", description="Only keys that begin so.")
     suffix: str = Field(default="", description="Only keys that end so.")
     events: Annotated[
-        list[Literal["created", "removed"]],
-        BeforeValidator(_one_or_more, json_schema_input_type=str | list[Literal["created", "removed"]]),
+        list[_S3Event],
+        BeforeValidator(_one_or_more, json_schema_input_type=_S3Event | list[_S3Event]),
         Field(default=["created"], min_length=1, description="What counts: `created`, `removed`."),
     ]
     queue: str | None = Field(
-        default=None, min_length=1, description="SQS queue that the bucket's notifications go to: its URL or name."
+        default=None, min_length=1, description="SQS queue that the bucket's notifications go to: its URL, name or ARN."
     )
     poll: Timeout = Field(default=None, description="List the bucket that often, where nothing notifies: 30s.")
     reconcile: Timeout = Field(
@@ -130,7 +134,7 @@ class Verify(Model):
     @model_validator(mode="after")
     def _is_one(self) -> Verify:
         if len(self._given()) != 1:  # and never none, with which anybody could deliver
-            raise PydanticCustomError("one_scheme", "must be one of " + ", ".join(type(self).model_fields))
+            raise PydanticCustomError("one_scheme", "must have one scheme: " + ", ".join(type(self).model_fields))
         return self
 
     def _given(self) -> list[tuple[str, Any]]:
@@ -175,8 +179,15 @@ class WebhookTrigger(Model):
         )
 
 
+def _one_recurrence(schema: dict[str, Any]) -> None:
+    keys = (["cron"], ["every"], ["at"], ["solar", "latitude", "longitude"])
+    schema["oneOf"] = [{"required": required} for required in keys]
+
+
 class ScheduleTrigger(Model):
     """Start a run at due times."""
+
+    model_config = ConfigDict(json_schema_extra=_one_recurrence)
 
     name: str = Field(default="", min_length=1, description="Tells several schedules of one workflow apart.")
     cron: str | None = Field(default=None, min_length=1, description="Five or six fields, or @hourly and the like.")
@@ -217,8 +228,8 @@ class RunTrigger(Model):
 
     workflow: _Texts = Field(min_length=1, description="Which workflow, or workflows.")
     state: Annotated[
-        list[Literal["succeeded", "failed", "cancelled"]],
-        BeforeValidator(_one_or_more, json_schema_input_type=str | list[Literal["succeeded", "failed", "cancelled"]]),
+        list[_RunEnd],
+        BeforeValidator(_one_or_more, json_schema_input_type=_RunEnd | list[_RunEnd]),
         Field(default=["succeeded"], min_length=1, description="How it ended."),
     ]
     pattern: _Pattern = None

@@ -13,6 +13,7 @@ from orchestrator.deadletters import REASONS, DeadLetter, DeadLetters, Filter, p
 from orchestrator.dispatcher import manual_event
 from orchestrator.engine import Engine
 from orchestrator.errors import InputError, NotFoundError, shorten, unknown
+from orchestrator.eventlog import NOT_IN_FORCE
 from orchestrator.events import Event, foreign_fault, replay_of
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import run_id
@@ -45,6 +46,15 @@ def shown(definition: Mapping[str, Any]) -> dict[str, Any]:
         for entry in definition.get("on", ())
     ]
     return {**definition, "on": entries} if entries else dict(definition)
+
+
+def explain_workflow(engine: Engine, name: str, *, since: str, limit: int) -> list[dict[str, Any]]:
+    """Return what events of late were to a workflow, and why. Raises NotFoundError for one that none of them knew."""
+    since_ms = parse_since(since, engine.ledger.now_ms())
+    found = engine.events.explain_workflow(name, since_ms=since_ms, limit=limit)
+    if all(one["reason"] == NOT_IN_FORCE for one in found):
+        workflow_in_force(engine, name)
+    return found
 
 
 def start_run(engine: Engine, name: str, given: Mapping[str, Any], *, key: str | None = None) -> tuple[str, Event]:

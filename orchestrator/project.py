@@ -38,7 +38,7 @@ from orchestrator.settings import read_secret
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
 from orchestrator.subscriptions import On, OnFile, OnQueue, OnRun, OnWebhook, queue_source, schedule_name, secret_fault
-from orchestrator.tracing import Task, WorkflowFunction
+from orchestrator.tracing import Task, WorkflowFunction, collecting
 from orchestrator.workflows import Defaults, Step, Workflow, find_cycle
 
 LOAD_TIMEOUT_S = 60.0
@@ -120,6 +120,10 @@ class _Loading:
         self.failed: set[tuple[str, str]] = set()
 
     def load(self) -> Project:
+        with collecting(self._fault):
+            return self._load()
+
+    def _load(self) -> Project:
         digest = code_hash(self.root)
         for name in OUR_MODULES:
             for file in (f"{name}.py", f"{name}/__init__.py"):

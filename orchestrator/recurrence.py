@@ -325,7 +325,7 @@ def schedule_faults(on: OnSchedule) -> list[tuple[str, str]]:
         found.append(("name", f"must be letters, digits, _ and -, not {shorten(on.name)}"))
     given = [on.cron is not None, on.every_s is not None, on.solar is not None, bool(on.at)]
     if sum(given) != 1:
-        return [*found, ("cron", "a schedule has exactly one of `cron:`, `every:`, `solar:` and `at:`")]
+        found.append(("", "a schedule has exactly one of `cron:`, `every:`, `solar:` and `at:`"))
     zone = _zone_fault(on.timezone)
     found += [("timezone", zone)] if zone else []
     found += _bounds_faults(on if not zone else replace(on, timezone="UTC"))
@@ -372,7 +372,7 @@ def _bounds_faults(on: OnSchedule) -> list[tuple[str, str]]:
 
 
 def _cron_fault(expression: str) -> str:
-    """Say what is wrong with a cron expression, and in which of its fields; empty if nothing is."""
+    """Say what is wrong with a cron expression, and in which of its fields, all of them; empty if nothing is."""
     text = expression.strip()
     if text.startswith("@"):
         if text.lower() in _ALIASES:
@@ -383,9 +383,9 @@ def _cron_fault(expression: str) -> str:
         wanted = "5 (minute hour day-of-month month day-of-week), or 6 with seconds first"
         return f"{shorten(text)} has {len(fields)} fields; it must have {wanted}"
     names = _CRON_FIELDS[-len(fields) :]
-    for name, field in zip(names, fields, strict=True):
-        if not _parses(name, field):
-            return f"bad {name} {shorten(field)} in {shorten(text)}"
+    bad = [f"{name} {shorten(field)}" for name, field in zip(names, fields, strict=True) if not _parses(name, field)]
+    if bad:
+        return f"bad {', '.join(bad)} in {shorten(text)}"
     try:
         walls = CronSim(text, datetime(2000, 1, 1))  # noqa: DTZ001 -- a wall clock's time has no zone
         if next(islice(walls, 1), None) is not None:

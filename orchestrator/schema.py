@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from orchestrator import workflows
 from orchestrator.errors import nearest as nearest
 from orchestrator.errors import one_of, shorten
-from orchestrator.on_schema import OnEntry, on_model
+from orchestrator.on_schema import KINDS, OnEntry, on_model
 from orchestrator.retries import MOST_ATTEMPTS, Jitter, RetryPolicy, read_policy
 from orchestrator.shapes import DURATION_SCHEMA, SIZE_SCHEMA, Model, Timeout, parse_size
 from orchestrator.workflows import DEFAULT_POOL, Param
@@ -226,16 +226,23 @@ def _shape_message(place: Place, error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key, known = place[-1], _known_keys(place[:-1])
+        owners = [f"`{name}:`" for name, model in KINDS.items() if key in model.model_fields]
+        if known == list(OnEntry.model_fields) and len(owners) == 1:
+            return f"unknown key {key!r}; it is a key of {owners[0]}"
         return f"unknown key {key!r}; {nearest(key, known)}"
     if kind == "missing":
         return "is required, and is missing"
     if kind in _SHAPES:
         wanted = _SHAPES[kind] if place[0] != "params" or len(place) != 2 else "a type's name or a mapping"
+        if "verify" in place[3:4]:  # where the secret itself may stand
+            return f"must be {wanted}"
         return f"must be {wanted}, not {kind_of(error['input'])}"
     if kind == "literal_error":
         return one_of(context["expected"].split("'")[1::2], error["input"])
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
+    if kind == "greater_than":
+        return f"must be more than {context['gt']:g}, not {kind_of(error['input'])}"
     return str(context["error"]) if kind == "value_error" else error["msg"]
 
 

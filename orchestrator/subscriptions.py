@@ -139,6 +139,9 @@ SIGNING_PREFIX = "whsec_"
 
 On = OnFile | OnEvent | OnS3 | OnWebhook | OnSchedule | OnQueue | OnRun
 
+#: What stands for an entry that cannot be read, so that the others keep their numbers; it matches nothing.
+UNREADABLE: On = OnEvent(pattern={"type": [{"exists": False}]})
+
 _ON_KINDS: Mapping[str, type[Any]] = {
     "file": OnFile, "event": OnEvent, "s3": OnS3, "webhook": OnWebhook, "schedule": OnSchedule, "queue": OnQueue,
     "run": OnRun,
@@ -278,7 +281,7 @@ def on_faults(on: On) -> _Faults:
         case OnWebhook():
             found = _webhook_faults(on)
         case OnSchedule():
-            found = [((key,), message) for key, message in schedule_faults(on)]
+            found = [((key,) if key else (), message) for key, message in schedule_faults(on)]
         case OnQueue():
             found = _queue_faults(on)
         case OnRun():

@@ -16,8 +16,9 @@ one is a nested run. `sleep("1h")` and `until(event.data["due"])` add steps that
 `@workflow(on_failure=tell, finally_=clean)` names plain functions that draw the steps of those hooks. Their parameters
 are given by name: `event`, `run`, the workflow's parameters, and the ids of its steps, which stand for their outputs.
 
-Functions are traced when the project is loaded, not when they are decorated: what is wrong is collected. Only what is
-wrong in a decorator itself (`@task(timeout=0)`, `on.file(settle="soon")`) raises at once, a DefinitionError.
+Functions are traced when the project is loaded, not when they are decorated: what is wrong is collected. What is wrong
+in a decorator itself (`@task(timeout=0)`) raises at once, a DefinitionError; so does `on.file(settle="soon")`, but for
+while a project is loaded (`collecting`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,19 +40,24 @@ from pydantic import ValidationError
 
 from orchestrator import schema
 from orchestrator.definitions import Definition, Lines, pattern_faults
-from orchestrator.errors import DefinitionError, ExpressionError, Fault, TracingError, definition_error
+from orchestrator.errors import DefinitionError, ExpressionError, Fault, TracingError, definition_error, place_of_call
 from orchestrator.expressions import references
 from orchestrator.on_schema import OnEntry
 from orchestrator.outputs import Output, Outputs
 from orchestrator.retries import RetryPolicy
 from orchestrator.schema import Place, nearest, shape_faults
 from orchestrator.signatures import CONTEXT, argument_faults, param_of, parameters_of
-from orchestrator.subscriptions import On, OnEvent
+from orchestrator.subscriptions import UNREADABLE, On, OnEvent
 from orchestrator.workflows import DEFAULT_POOL, Defaults, Param, Phase, Step, TriggerRule, Workflow
 
 #: Parameters of a workflow function that are not parameters of the workflow.
 SPECIAL = ("event", "run")
 _tracer: ContextVar[_Tracer | None] = ContextVar("tracer", default=None)
+
+#: Where faults of `on.file(...)` and the like go; None: they are raised.
+_collect: ContextVar[Callable[[Fault], None] | None] = ContextVar("collect", default=None)
+#: Entries of `on` by identity, with the file and the line of the call that made each.
+_called: dict[int, tuple[On, str, int]] = {}
 
 #: What `.options(...)` can say about one step.
 _OPTIONS = (
@@ -283,10 +290,9 @@ class _OnFactory:
         """Start for each file that arrives in a folder."""
         return _subscription("file", {"path": os.fspath(path), "glob": glob, **options})
 
-    def event(self, pattern: Mapping[str, Any]) -> OnEvent:
+    def event(self, pattern: Mapping[str, Any]) -> On:
         """Start for each event that matches an EventBridge-style pattern."""
-        _check_pattern("on.event", pattern)
-        return OnEvent(pattern=pattern)
+        return _entry(OnEvent(pattern=pattern), _pattern_faults("on.event", pattern))
 
     def s3(self, bucket: str, **options: Any) -> On:
         """Start for each object that is made in a bucket, or removed from it."""
@@ -318,18 +324,37 @@ def _subscription(kind: str, given: Mapping[str, Any]) -> On:
     try:
         found = OnEntry.model_validate({kind: options}).build()
     except ValidationError as exc:
-        raise definition_error(*_faults_of(exc, f"on.{kind}", ("on", "0"), kind)) from None
+        return _entry(UNREADABLE, _faults_of(exc, f"on.{kind}", ("on", "0"), kind))
     assert found is not None
     pattern = getattr(found, "pattern", None)
-    if pattern is not None:
-        _check_pattern(f"on.{kind}.pattern", pattern)
+    return _entry(found, [] if pattern is None else _pattern_faults(f"on.{kind}.pattern", pattern))
+
+
+def _pattern_faults(what: str, pattern: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"{what}.{path}".rstrip("."), message) for path, message in pattern_faults(pattern)]
+
+
+def _entry(found: On, faults: Sequence[tuple[str, str]]) -> On:
+    """Return an entry of `on` with the place of its call noted; what is wrong with it is raised, or collected."""
+    if faults:
+        error, collect = definition_error(*faults), _collect.get()
+        if collect is None:
+            raise error
+        for fault in error.faults:
+            collect(fault)
+        return UNREADABLE
+    _called[id(found)] = (found, *place_of_call())
     return found
 
 
-def _check_pattern(what: str, pattern: Mapping[str, Any]) -> None:
-    faults = [(f"{what}.{path}".rstrip("."), message) for path, message in pattern_faults(pattern)]
-    if faults:
-        raise definition_error(*faults)
+@contextmanager
+def collecting(collect: Callable[[Fault], None]) -> Iterator[None]:
+    """Have what is wrong with entries of `on` told to `collect` while this lasts, not raised."""
+    token = _collect.set(collect)
+    try:
+        yield
+    finally:
+        _collect.reset(token)
 
 
 on = _OnFactory()
@@ -571,9 +596,12 @@ class _Tracer:
 
     def _on(self) -> tuple[On, ...]:
         for number, entry in enumerate(self._target.on):
+            _, file, line = _called.get(id(entry), (None, "", 0))
+            if file == self._file:
+                self._lines[("on", str(number))] = line
             if not isinstance(entry, On):
                 self._fault(("on", str(number)), f"must be on.file(...), on.event(...) or the like, not {entry!r}")
-        return tuple(entry for entry in self._target.on if isinstance(entry, On))
+        return tuple(entry if isinstance(entry, On) else UNREADABLE for entry in self._target.on)
 
     def _fault(self, place: Place, message: str, line: int | None = None) -> None:
         line = line or self._lines.at(place)

@@ -32,6 +32,12 @@ def report(file, amounts, articles):
     return {"file": file, "rows": len(amounts), "total": round(sum(amounts), 2), "articles": articles}
 
 
-def say_so(file, errors):
-    """Tell somebody that an invoice could not be read."""
-    print(f"{file}: {errors}")
+def answer_return(article, quantity):
+    """Return what is written to who returns something."""
+    return f"Send us {quantity} {article}."
+
+
+def tell(workflow, run, error):
+    """Tell somebody; here it is only printed (`orchestrator runs logs`)."""
+    print(f"run {run}: {error['message']}")
+    return f"{workflow} failed: {error['type']}"

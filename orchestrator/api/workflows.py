@@ -18,7 +18,6 @@ from orchestrator.api.bodies import Asked, Body, read_body, schema_of
 from orchestrator.api.gate import needs
 from orchestrator.api.place import LONGEST_WAIT_S, ROOT, Limit, Place, Wait, page, router, says, seconds
 from orchestrator.api.runs import wait_for
-from orchestrator.deadletters import parse_since
 from orchestrator.errors import UnavailableError
 from orchestrator.plan import Plan
 from orchestrator.tokens import Scope
@@ -71,8 +70,7 @@ def make_router(place: Place) -> APIRouter:
         limit: Limit = 50,
     ) -> Json:
         """Say what each event of late was to a workflow, newest first: the run that it started, or why none."""
-        since_ms = parse_since(since, engine.ledger.now_ms())
-        return page(engine.events.explain_workflow(workflow, since_ms=since_ms, limit=limit), None)
+        return page(operations.explain_workflow(engine, workflow, since=since, limit=limit), None)
 
     @routes.post(
         "/workflows/{workflow}/runs",

@@ -28,7 +28,7 @@ from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
 from orchestrator.cli.schedules import app as schedules
 from orchestrator.cli.tokens import app as tokens
-from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe
+from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe, one_of
 from orchestrator.workflows import Workflow, unknown
 
 app = typer.Typer(
@@ -121,7 +121,7 @@ def build(name: str, project: ProjectOption = None) -> None:
 
 
 def _defined(project: Path | None, name: str) -> Workflow:
-    loaded = load(settings_of(project))
+    loaded = load(settings_of(project), with_secrets=False)
     found = loaded.workflows.get(name)
     if found is not None:
         return found
@@ -132,8 +132,11 @@ def _defined(project: Path | None, name: str) -> Workflow:
 
 @workflows.command("list")
 def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -> None:
-    """List the workflows of the project."""
-    loaded = load(settings_of(project))
+    """List the workflows of the project, and what starts them."""
+    from orchestrator.cli.listening import describe_on
+    from orchestrator.subscriptions import kind_of_on
+
+    loaded = load(settings_of(project), with_secrets=False)
     if loaded.faults:
         raise DefinitionError(loaded.faults)
     if as_json:
@@ -143,7 +146,7 @@ def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -
         print_json({"items": items, "next": None})
         return
     rows = [
-        (w.name, len(w.steps), ", ".join(type(on).__name__.removeprefix("On").lower() for on in w.on), w.description)
+        (w.name, len(w.steps), "\n".join(f"{kind_of_on(on)} {describe_on(w.name, on)}" for on in w.on), w.description)
         for w in loaded.workflows.values()
     ]
     print_table(["workflow", "steps", "on", "description"], rows)
@@ -366,7 +369,7 @@ def runs_list(
     from orchestrator.runs import RunState
 
     if state is not None and state not in list(RunState):
-        raise InputError(f"--state: {unknown('state', state, list(RunState))}; there are {', '.join(RunState)}")
+        raise InputError(f"--state {one_of(RunState, state)}")
     with engine_of(settings_of(project, data_dir)) as engine:
         found, cursor = Queries(engine.ledger, engine.payloads).runs(
             limit=limit, after=after, workflow=workflow, state=state

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from rich.table import Table
 
 from orchestrator.bus import EventBus
 from orchestrator.cli.access import cli_command, engine_of, settings_of
+from orchestrator.cli.addresses import addresses
 from orchestrator.cli.output import coloured, duration, one_line
-from orchestrator.errors import NotFoundError, OrchestratorError
+from orchestrator.errors import NotFoundError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import Run, RunState
@@ -74,6 +77,8 @@ _EXPECTED = (
     _Expected("slow.csv", "invoices", RunState.SUCCEEDED, _invoice(10)),
     _Expected("malformed.csv", "invoices", RunState.FAILED, error="ValueError"),
     _Expected("order-1", "large_orders", RunState.SUCCEEDED, "Thank you, Ada!"),
+    _Expected("returns", "returns", RunState.SUCCEEDED, "Send us 3 bolts."),
+    _Expected("invoices", "alarm", RunState.SUCCEEDED, "invoices failed: ValueError"),
 )
 
 
@@ -84,7 +89,7 @@ def run_demo(*, keep: bool = False) -> int:
     try:
         project = directory / "shop"
         shutil.copytree(_examples() / "shop", project, ignore=shutil.ignore_patterns("__pycache__", ".orchestrator"))
-        console.print(f"[bold]Project[/] {project}: workflows/invoices.yaml and orders.py")
+        console.print(f"[bold]Project[/] {project}: workflows/*.yaml and orders.py")
         with _up(project, directory / "up.log") as up:
             return _watch(console, project, directory, up)
     except OrchestratorError:
@@ -152,6 +157,8 @@ def _drop_and_look(console: Console, engine: Any, project: Path, directory: Path
         for n, amount in ((1, 250), (2, 20))
     ]
     EventBus(engine.app).publish(orders)
+    hook = f"{addresses(engine.settings.data_dir)['url']}/hooks/returns"
+    console.print(f"[bold]POST[/] {hook} is answered: {_deliver(hook, {'article': 'bolts', 'quantity': 3}, until)}")
     queries = Queries(engine.ledger, engine.payloads)
     found: dict[str, Run] = {}
     with Live(console=console, refresh_per_second=8) as live:
@@ -171,9 +178,23 @@ def _drop_and_look(console: Console, engine: Any, project: Path, directory: Path
     if not problems:
         console.print(
             "[green]All as it should be:[/] the slow file was taken only when it was whole, the malformed one failed "
-            "in its own step with its reason, and the small order started nothing."
+            "in its own step with its reason, which started the alarm, and the small order started nothing."
         )
     return 1 if problems else 0
+
+
+def _deliver(url: str, body: Any, until: float) -> str:
+    """Deliver to a webhook as a sender would, again until it is answered, and return the answer."""
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "return-1"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 -- it is our gateway's
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 -- as above
+                return str(answer.read().decode())
+        except (OSError, HTTPException) as exc:
+            if time.monotonic() > until:
+                raise UnavailableError(f"the gateway does not answer at {url}: {exc}") from exc
+            time.sleep(0.1)
 
 
 def _runs(engine: Any, queries: Queries) -> dict[str, Run]:

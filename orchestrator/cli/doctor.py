@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import urllib.request
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from orchestrator.celery_app import EVENT_QUEUE, PRIORITIES, queue_name
 from orchestrator.cli.access import load, with_servers
+from orchestrator.cli.addresses import addresses
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.plan import Plan
@@ -43,6 +46,11 @@ def examine(settings: Settings, *, show_secrets: bool = False) -> dict[str, Any]
         engine.close()
     except UnavailableError as exc:
         check("ledger", str(exc), ok=False)
+    gateway = addresses(settings.data_dir)
+    if gateway:
+        silent = _does_not_answer(f"{gateway['health_url']}/healthz")
+        hint = "; run `orchestrator up`, or `orchestrator gateway`" if silent else ""
+        check("gateway", f"{silent or 'answers'} at {gateway['url']}{hint}", ok=not silent)
     writable = os.access(settings.data_dir if settings.data_dir.exists() else settings.project, os.W_OK)
     check("data directory", str(settings.data_dir), ok=writable)
     for found in check_buckets(on for w in project.workflows.values() for on in w.on if isinstance(on, OnS3)):
@@ -58,6 +66,15 @@ def examine(settings: Settings, *, show_secrets: bool = False) -> dict[str, Any]
         "versions": {"python": sys.version.split()[0], **_versions()},
         "checks": checks,
     }
+
+
+def _does_not_answer(url: str) -> str:
+    """Say that nobody answers with 200 at an address; empty if somebody does."""
+    try:
+        with urllib.request.urlopen(url, timeout=3):  # noqa: S310 -- it is our gateway's
+            return ""
+    except (OSError, HTTPException) as exc:
+        return f"does not answer ({type(exc).__name__})"
 
 
 def _versions() -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from orchestrator.cli.access import (
     settings_of,
 )
 from orchestrator.cli.output import print_json, print_table
-from orchestrator.errors import InputError, unknown
+from orchestrator.errors import InputError, one_of
 
 app = typer.Typer(help="Look at events and what came of them, and emit your own.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def events_list(
     from orchestrator.eventlog import VERDICTS
 
     if verdict is not None and verdict not in VERDICTS:
-        raise InputError(f"--verdict: {unknown('verdict', verdict, VERDICTS)}; there are {', '.join(VERDICTS)}")
+        raise InputError(f"--verdict {one_of(VERDICTS, verdict)}")
     with engine_of(settings_of(project, data_dir)) as engine:
         found, cursor = engine.events.page(limit=limit, after=after, verdict=verdict, type_=type_)
     if as_json:
@@ -81,7 +81,7 @@ def events_explain(
     as_json: JsonOption = False,
 ) -> None:
     """Say why an event started what it did and nothing else; or why a workflow did not start."""
-    from orchestrator.deadletters import parse_since
+    from orchestrator.operations import explain_workflow
 
     if (event_id is None) == (workflow is None):
         raise InputError("give the id of an event, or --workflow NAME")
@@ -95,14 +95,10 @@ def events_explain(
             _print_verdicts(found["verdicts"])
             return
         assert workflow is not None
-        known = engine.ledger.workflows()
-        since_ms = parse_since(since, engine.ledger.now_ms())
-        items = engine.events.explain_workflow(workflow, since_ms=since_ms, limit=limit)
+        items = explain_workflow(engine, workflow, since=since, limit=limit)
     if as_json:
         print_json({"items": items, "next": None})
         return
-    if workflow not in known:
-        print(f"{unknown('workflow', workflow, known)}: it is not in force now")
     print_table(
         ["accepted", "type", "subject", "verdict", "run or reason", "id"],
         [

@@ -48,6 +48,9 @@ workflow: invoices
 description: Sum up each CSV file that arrives.
 on:
   - file: {path: inbox, glob: "*.csv"}
+  # - schedule: {cron: "0 6 * * MON-FRI", timezone: Europe/Paris}
+  # - webhook: {path: invoices, verify: {github: env:GITHUB_SECRET}}
+  # and s3, queue, run, event: see docs/triggers.md
 params:
   path: {type: string, default: "{{ event.data.path }}"}
 steps:

@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -26,14 +27,14 @@ import redis
 from orchestrator.cli.access import cli_command, load, with_servers
 from orchestrator.cli.addresses import addresses, listen
 from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
+from orchestrator.cli.listening import listened_to
 from orchestrator.cli.output import say
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import AlreadyRunningError, DefinitionError, OrchestratorError, UnavailableError
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings, mask_url
-from orchestrator.subscriptions import OnFile
 from orchestrator.tokens import Tokens, check_exposure
 
 _POLL_S = 0.2
@@ -42,6 +43,8 @@ _BACKOFF_S = (0.2, 10.0)
 #: A part that has lived this long does not die of starting.
 _STEADY_S = 5.0
 _SERVER_START_S = 30.0
+#: So many entries of `on:` are listed at the start; a project may have hundreds.
+_MOST_GREETED = 30
 #: How long a part that holds no steps may take to stop.
 _STOP_S = 10.0
 
@@ -324,10 +327,22 @@ class Up:
         for part in self._workers:
             pool = part.name.split(" ", 1)[1]
             say(f"worker    pool {pool}, {settings.concurrency(pool)} at a time")
-        for workflow in read_definitions(settings.data_dir)[0]:
-            for on in workflow.on:
-                if isinstance(on, OnFile):
-                    say(f"watching  {Path(on.path) / on.glob} for {workflow.name}")
+        found = listened_to(
+            read_definitions(settings.data_dir)[0], at["url"], datetime.now(UTC), self._paused_schedules()
+        )
+        for kind, about in found[:_MOST_GREETED]:
+            say(f"{kind:<9} {about}")
+        if found[_MOST_GREETED:]:
+            say(f"          and {len(found) - _MOST_GREETED} more; see `orchestrator workflows list`")
+
+    def _paused_schedules(self) -> Collection[str]:
+        ledger = Ledger(connect(with_servers(self._settings).ledger_url))
+        try:
+            return set(ledger.client.hkeys(keys.PAUSED_SCHEDULES))
+        except redis.RedisError:  # away: whoever needs it waits and says so
+            return ()
+        finally:
+            ledger.client.close()
 
 
 def _answers(client: redis.Redis) -> bool:

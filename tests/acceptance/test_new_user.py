@@ -17,6 +17,8 @@ def test_the_demo_goes_as_it_should() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All as it should be" in done.stdout
     assert "malformed.csv" in done.stdout
+    assert "invoices failed:" in done.stdout
+    assert '"output": "Send us 3 bolts."' in " ".join(done.stdout.split())
 
 
 def test_a_new_project_runs_as_it_is(make_up: Callable[[dict[str, str]], Up]) -> None:
@@ -30,6 +32,7 @@ def test_a_new_project_runs_as_it_is(make_up: Callable[[dict[str, str]], Up]) ->
     up.ask("validate")
     up.start()
     up.wait_ready()
+    wait_until(lambda: f"file      {up.project}/inbox/*.csv for invoices" in up.text(), "it says what it watches")
     shutil.copy(up.project / "examples.csv", up.project / "inbox" / "one.csv")
     (run,) = wait_until(lambda: up.runs(state="succeeded"), "the run has succeeded")
     assert run["output"] == {"file": str(up.project / "inbox" / "one.csv"), "rows": 3, "total": 20.1}
@@ -53,7 +56,11 @@ def test_the_commands_of_the_examples_work() -> None:
     assert ask("graph", "invoices", "--format", "mermaid").startswith("flowchart LR")
     assert ask("graph", "invoices", "--format", "dot").startswith('digraph "invoices"')
     assert "orchestrator.step" in ask("build", "invoices")
-    assert "large_orders" in ask("workflows", "list")
+    listed = ask("workflows", "list")
+    assert "event shop.order.placed" in listed
+    assert "schedule stocktaking: cron 0 6 * * MON-FRI (Europe/Paris)" in listed
+    assert "webhook /hooks/returns" in listed
+    assert "run invoices: failed" in listed
 
 
 def test_a_project_may_lie_anywhere_and_have_files_named_as_the_standard_librarys(

@@ -358,4 +358,6 @@ def test_doctor_says_where_everything_is(up: Up) -> None:
     assert report["ok"]
     assert report["broker_url"].startswith("redis://:***@127.0.0.1:")
     assert "orchestrator.default.normal" in report["queues"]
+    (gateway,) = [check for check in report["checks"] if check["name"] == "gateway"]
+    assert gateway["detail"].startswith("answers at http://127.0.0.1:")
     assert "***" not in json.loads(up.ask("doctor", "--json", "--secrets"))["broker_url"]

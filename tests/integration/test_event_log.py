@@ -408,7 +408,7 @@ def test_the_commands(engine: Engine, dispatcher: Dispatcher) -> None:
     replayed = json.loads(cli("replay", sent.id, "--json"))
     assert replayed["id"].startswith(f"{sent.id}~")
     assert engine.ledger.client.llen(EVENT_QUEUE) == 1
-    assert "there are started, refused" in cli("list", "--verdict", "begun", code=1)
+    assert "must be one of started, refused" in cli("list", "--verdict", "begun", code=1)
     assert "give the id of an event, or --workflow NAME" in cli("explain", code=1)
     assert "'nope' is not known" in cli("explain", "nope", code=1)
     assert "--since must be a duration" in cli("explain", "--workflow", "w", "--since", "soon", code=1)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from orchestrator.cli.commands import app
 from orchestrator.cli.output import print_json
 from orchestrator.errors import InputError
-from tests.conftest import command, environment
+from tests.conftest import command, environment, write_project
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,24 @@ def test_a_timeout_that_is_no_duration_is_one_line(command):
         CliRunner().invoke(app, [*command, "--timeout", "5x"], catch_exceptions=False)
 
 
+def test_a_definition_is_drawn_and_listed_without_the_secrets_that_the_gateway_needs(tmp_path):
+    """They are in the gateway's environment, and not in that of everybody who wants to look."""
+    write_project(
+        tmp_path,
+        {
+            "tasks.py": "def f(): ...\n",
+            "workflows/w.yaml": "workflow: w\non:\n  - webhook: {path: a, verify: {github: env:NO_SUCH}}\n"
+            "steps: {f: {task: 'tasks:f'}}\n",
+        },
+    )
+    where = ["--project", str(tmp_path)]
+    for arguments in (["graph", "w"], ["build", "w"], ["workflows", "list"], ["workflows", "list", "--json"]):
+        result = CliRunner().invoke(app, [*arguments, *where], catch_exceptions=False)
+        assert result.exit_code == 0
+    result = CliRunner().invoke(app, ["validate", *where], catch_exceptions=False)
+    assert "on.0.webhook.verify.github: secret env:NO_SUCH: the environment has no variable" in result.output
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_any_value_is_printed_as_json(monkeypatch, encoding):
     """Half a surrogate pair is JSON by its escape, and a terminal may know ASCII only."""
@@ -56,6 +74,8 @@ def test_any_value_is_printed_as_json(monkeypatch, encoding):
     [
         (["--type", ""], "type must be a string that is not empty"),
         (["--type", "t", "--source", ""], "source must be"),
+        (["--type", "orchestrator.file.created"], "types that begin with `orchestrator.` are not for others"),
+        (["--type", "t", "--source", "orchestrator:s3/b"], "sources that begin with `orchestrator:`"),
         (["--type", "t", "--id", "\udcff"], "is not Unicode"),
         (["--type", "t", "--data", "NaN"], "--data is not JSON"),
         (["--type", "orchestrator.run.succeeded"], "not for others to use"),

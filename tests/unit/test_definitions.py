@@ -318,7 +318,7 @@ STEPS = "steps: {a: {task: t:a}}\n"
         ),
         (HEAD + STEPS + "on:\n  - webhook: {path: 'a b'}\n", "4: on.0.webhook.path: 'a b' cannot be a path"),
         (HEAD + STEPS + "on:\n  - webhook: {path: a, methods: BREW}\n", "4: on.0.webhook.methods: must be one of"),
-        (HEAD + STEPS + "on:\n  - schedule: {}\n", "4: on.0.schedule.cron: a schedule has exactly one of"),
+        (HEAD + STEPS + "on:\n  - schedule: {}\n", "4: on.0.schedule: a schedule has exactly one of"),
         (HEAD + STEPS + "on:\n  - queue: {url: 'ftp://x', queue: q}\n", "4: on.0.queue.url: must be one of"),
         (HEAD + STEPS + "on:\n  - run: {workflow: a, state: done}\n", "4: on.0.run.state.0: must be one of"),
         (HEAD + STEPS + "on:\n  - run: {workflow: a, pattern: {x: 1}}\n", "4: on.0.run.pattern.x: rules stand in an"),
@@ -502,6 +502,32 @@ def test_every_circle_is_shown():
     ]
 
 
+def test_an_entry_that_cannot_be_read_keeps_its_number_and_is_not_also_incomplete():
+    """Else the faults of those after it would be told of the wrong lines."""
+    on = """on:
+  - {file: {path: a}, event: {type: [a]}}
+  - schedule: {every: 0, timezone: Nowhere}
+  - webhook: {path: a, rate: 0, verify: {githb: env:X}}
+  - webhook: {path: b, verify: s3cr3t}
+  - webhook: {path: c, verify: {hmac: s3cr3t}}
+  - cron: "@daily"
+  - s3: {bucket: A_b, poll: 1s}
+"""
+    assert [(fault.line, fault.field, fault.message) for fault in read(HEAD + STEPS + on).faults] == [
+        (4, "on.0", "must have one of the keys `file`, `event`, `s3`, `webhook`, `schedule`, `queue`, `run`; "
+         "write one entry for each"),
+        (5, "on.1.schedule.every", "must be more than 0, not 0"),
+        (5, "on.1.schedule.timezone", "unknown time zone 'Nowhere'; use an IANA name, such as Europe/Paris"),
+        (6, "on.2.webhook.verify.githb", "unknown key 'githb'; did you mean 'github'?"),
+        (6, "on.2.webhook.rate", "must be more than 0, not 0"),
+        (7, "on.3.webhook.verify", "must be a mapping"),
+        (8, "on.4.webhook.verify.hmac", "must be a mapping"),
+        (9, "on.5.cron", "unknown key 'cron'; it is a key of `schedule:`"),
+        (10, "on.6.s3.bucket", "'A_b' cannot be a bucket: 3 to 63 of a-z, 0-9, '-' and '.', from a letter or digit to "
+         "one"),
+    ]  # fmt: skip
+
+
 def test_all_faults_of_a_file_come_at_once():
     """What is wrong in shape does not hide what is wrong in meaning."""
     text = (
@@ -622,6 +648,12 @@ def test_the_schema_is_what_is_read():
         assert RetryPolicy(**given) == RetryPolicy()
     assert policy["properties"]["jitter"]["enum"] == list(Jitter)
     assert definitions["Step"]["oneOf"] == [{"required": [k]} for k in ("task", "workflow", "sleep", "until")]
+    schedules = [{"required": [k]} for k in ("cron", "every", "at")] + [
+        {"required": ["solar", "latitude", "longitude"]}
+    ]
+    assert definitions["ScheduleTrigger"]["oneOf"] == schedules
+    assert definitions["S3Trigger"]["anyOf"] == [{"required": ["queue"]}, {"required": ["poll"]}]
+    assert definitions["RunTrigger"]["properties"]["state"]["anyOf"][0]["enum"] == ["succeeded", "failed", "cancelled"]
     assert {"$ref": "#/$defs/Param"} in schema["properties"]["params"]["additionalProperties"]["anyOf"]
     assert '"null"}' not in json.dumps(schema)
 

@@ -7,8 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
+from ruamel.yaml import YAML
 
-from orchestrator.definitions import read_definition
+from orchestrator.definitions import json_schema, read_definition
 from orchestrator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +30,7 @@ def test_yaml_in_the_documents_is_a_definition(name: str, text: str) -> None:
     if not text.startswith("workflow:"):  # a part of one
         text = "workflow: w\n" + text + ("" if "steps:" in text else "steps: {a: {task: 't:f'}}\n")
     assert read_definition(Path("workflows/x.yaml"), text).faults == []
+    Draft202012Validator(json_schema()).validate(YAML(typ="safe", pure=True).load(text))
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("python"), ids=lambda value: value if ":" in value[:20] else "")

@@ -258,15 +258,49 @@ def test_faults_of_all_files_come_at_once_and_sound_workflows_stay(project):
     found = load_project(root)
     assert [(fault.file, fault.line, fault.field) for fault in found.faults] == [
         ("e.py", 3, "on.file.settle"),
+        ("e.py", 3, "steps"),
         ("f.py", 5, ""),
         ("workflows/a.yaml", 2, "steps.x.tsk"),
         ("workflows/a.yaml", 2, "steps.x.task"),
         ("workflows/b.yaml", 1, ""),
         ("workflows/d.py", 2, ""),
     ]
-    assert str(found.faults[1]) == "f.py:5: raises ValueError: no way"
-    assert str(found.faults[5]) == "workflows/d.py:2: 'workflows.d' does not import: SyntaxError: invalid syntax"
+    assert str(found.faults[2]) == "f.py:5: raises ValueError: no way"
+    assert str(found.faults[6]) == "workflows/d.py:2: 'workflows.d' does not import: SyntaxError: invalid syntax"
     assert list(found.workflows) == ["c"]
+
+
+ENTRIES = """
+@workflow(on=[
+    on.webhook("gh", verify={"github": "env:NO_SUCH"}),
+    on.schedule(every=0),
+    on.schedule(cron="0 25 * * *", name="a"),
+    on.schedule(cron="@daily", timezone="Europe/Pariss", name="b"),
+    on.s3("My_Bucket", poll="30s"),
+    on.webhook("gh", verfy="env:NO_SUCH"),
+    on.webhook("gh"),
+    on.run("nobody"),
+])
+def b():
+    tasks.f()
+"""
+
+
+def test_every_fault_of_entries_in_python_comes_at_once_with_the_line_of_its_call(project):
+    """A call that does not fit hides neither the other entries nor their numbers."""
+    head = "import tasks\nfrom orchestrator import on, workflow\n"
+    found = load_project(project(**{"tasks.py": "def f(): ...\n", "b.py": head + ENTRIES}), secrets={})
+    assert [(fault.line, fault.field) for fault in found.faults if fault.field != "steps"] == [
+        (5, "on.0.webhook.verify.github"),
+        (6, "on.schedule.every"),
+        (7, "on.2.schedule.cron"),
+        (8, "on.3.schedule.timezone"),
+        (9, "on.4.s3.bucket"),
+        (10, "on.webhook.verfy"),
+        (11, "on.6.webhook.path"),
+        (12, "on.7.run.workflow"),
+    ]
+    assert found.workflows == {}
 
 
 NESTED = (

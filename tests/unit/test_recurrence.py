@@ -292,10 +292,11 @@ _NO_ZONE = "timezone: unknown time zone '{}'; did you mean 'Europe/Paris'?"
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "cron: a schedule has exactly one of"),
-        ({"cron": "@daily", "every_s": 1}, "cron: a schedule has exactly one of"),
+        ({}, ": a schedule has exactly one of"),
+        ({"cron": "@daily", "every_s": 1}, ": a schedule has exactly one of"),
         ({"cron": "61 * * * *"}, "cron: bad minute '61' in '61 * * * *'"),
         ({"cron": "* 24 * * *"}, "cron: bad hour '24'"),
+        ({"cron": "61 24 * * *"}, "cron: bad minute '61', hour '24' in '61 24 * * *'"),
         ({"cron": "* * 0 * *"}, "cron: bad day-of-month '0'"),
         ({"cron": "* * * JANUARY *"}, "cron: bad month 'JANUARY'"),
         ({"cron": "* * * * FUN"}, "cron: bad day-of-week 'FUN'"),
