@@ -25,6 +25,8 @@ from orchestrator.settings import Settings
 #: What may come of an event: the best of its verdicts, or that it was one of a loop.
 VERDICTS = ("started", "refused", "no_match", "loop")
 _PAGE = 200
+#: Records outlive their retention by that much: `trim` has to see which of them have blobs.
+_GRACE_S = 86400
 _TRIMMED_AT_ONCE = 1000
 
 
@@ -64,7 +66,8 @@ class EventLog:
         with self._ledger.client.pipeline(transaction=False) as pipe:
             pipe.hincrby(key, "duplicates", 1)
             pipe.hset(key, "duplicate_at", now_ms)
-            pipe.expire(key, self._settings.events_retention_s)  # its record may be gone, and this all there is
+            # Its record may be gone, and this all there is.
+            pipe.expire(key, self._settings.events_retention_s + _GRACE_S)
             hand_in(pipe, field("events", verdict="duplicate"))
             self._do(pipe.execute)
 
@@ -72,7 +75,7 @@ class EventLog:
         """Note that an event was dealt with under these definitions, and the verdicts that are not `no_match` only."""
         found = {one.verdict for one in verdicts.values()}
         verdict = "loop" if loop else next((known for known in VERDICTS if known in found), "no_match")
-        retention_s = self._settings.events_retention_s
+        retention_s = self._settings.events_retention_s + _GRACE_S
         record = {
             "event": self._payloads.pack(event.to_json(), _blob(event.key)),
             "accepted_at": now_ms,
@@ -97,16 +100,29 @@ class EventLog:
         """Return the record of an event by its id or key.
 
         {"key", "event", "accepted_at", "verdict", "duplicates", "duplicate_at", "verdicts"}; `verdicts` has the
-        workflows that it started. Raises NotFoundError, and InputError where events of several sources have that id.
+        workflows that it started. Raises NotFoundError, and InputError where several events have that id.
         """
         return self._record(*self._find(event))
 
     def page(
-        self, *, limit: int = 50, after: str | None = None, verdict: str | None = None, type_: str | None = None
+        self,
+        *,
+        limit: int = 50,
+        after: str | None = None,
+        verdict: str | None = None,
+        type_: str | None = None,
+        most: int | None = None,
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """Return records, newest first, and the cursor of the next page."""
+        """Return records, newest first, and the cursor of the next page.
+
+        No more than `most` are looked at: then there may be fewer on the page than there are.
+        """
         found: list[dict[str, Any]] = []
-        for key, fields in self._newest(after):
+        last = None
+        for number, (key, fields) in enumerate(self._newest(after)):
+            if number == most:
+                return found, last
+            last = key
             if verdict not in (None, fields["verdict"]):
                 continue
             record = self._record(key, fields)
@@ -166,9 +182,12 @@ class EventLog:
     def _find(self, event: str) -> tuple[str, dict[str, str]]:
         known = self._do(lambda: self._ledger.client.smembers(keys.event_id_key(digest(event))))
         rows = [(key, fields) for key, fields in self._rows(sorted({*known, event})) if fields]
+        rows = [row for row in rows if row[0] == event] or rows  # or whoever chooses an id could hide another's event
         if len(rows) > 1:
             listed = ", ".join(key for key, _ in rows)
-            raise InputError(f"events of several sources have the id {event!r}; say which by its key: {listed}")
+            raise InputError(
+                f"events of several sources or triggers have the id {event!r}; say which by its key: {listed}"
+            )
         if not rows:
             raise NotFoundError(
                 f"event {event!r} is not known: it has not come over the bus, or is past events_retention_s; "
@@ -219,7 +238,7 @@ class EventLog:
         before, dropped = now_ms - self._settings.events_retention_s * 1000, 0
         while old := self._oldest(before):
             for key, fields in self._rows(old):
-                if fields.get("event", "").startswith("@"):
+                if not fields or fields["event"].startswith("@"):
                     self._payloads.delete(f"events/{key}")
             with self._ledger.client.pipeline(transaction=False) as pipe:
                 pipe.delete(*(keys.event_key(key) for key in old))

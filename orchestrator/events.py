@@ -1,7 +1,7 @@
 """Event: a fact, in a CloudEvents 1.0 envelope.
 
-`source` + `id` is its identity and the only key by which events are deduplicated
-(CloudEvents 1.0 spec, "id": producers MUST ensure that source + id is unique for each distinct event).
+`source` + `id` is its identity (CloudEvents 1.0 spec, "id": producers MUST ensure that source + id is unique for each
+distinct event). Events are deduplicated by it and by the trigger that they came by (`Event.key`); runs by it alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ TRIGGER, CAUSATION, HOPS = "trigger", "causationid", "hops"
 #: Of a schedule's event: the priority of the run that it starts.
 PRIORITY = "priority"
 
+#: How many lists and mappings may lie within each other: all who read an event, at whatever depth of calls, can.
+_DEEPEST = 200
+
 _ATTRIBUTES = {"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "data"}
 
 
@@ -59,8 +62,13 @@ class Event:
 
     @property
     def key(self) -> str:
-        """Digest of `source` + `id`, the identity; 40 hex digits, safe in keys and file names."""
-        return digest(self.source, self.id)
+        """Digest of `source` + `id`, and of the trigger if it says one; 40 hex digits, safe in keys and file names.
+
+        A sender's event that comes to two webhooks or queues is for the workflows of both; and what somebody who may
+        deliver to one of them claims to be another's event does not keep that one away.
+        """
+        trigger = self.extensions.get(TRIGGER)
+        return digest(self.source, self.id, *([trigger] if isinstance(trigger, str) else ()))
 
     def to_json(self) -> dict[str, Any]:
         """Return the CloudEvents JSON format (structured mode) of this event."""
@@ -96,6 +104,8 @@ class Event:
             raise InputError("event: a text in it is not Unicode") from exc
         except (ValueError, RecursionError) as exc:
             raise InputError(f"event: it is not JSON: {exc}") from exc
+        if _is_deeper(body, _DEEPEST):
+            raise InputError(f"event: it is nested more than {_DEEPEST} deep")
         for name in ("time", "subject"):
             if not isinstance(body.get(name, ""), str):
                 raise InputError(f"event: {name} must be a string, not {body[name]!r}")
@@ -108,6 +118,21 @@ class Event:
             data=body.get("data"),
             extensions={k: v for k, v in body.items() if k not in _ATTRIBUTES},
         )
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Tell whether a JSON value has more than so many lists and mappings within each other."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def digest(*parts: str) -> str:

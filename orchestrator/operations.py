@@ -15,10 +15,13 @@ from orchestrator.errors import InputError, NotFoundError, shorten, unknown
 from orchestrator.events import Event, foreign_fault, replay_of
 from orchestrator.ledger.queries import Queries
 from orchestrator.runs import run_id
+from orchestrator.settings import mask_url
 from orchestrator.workflows import Workflow
 
 #: The source of events that say none.
 OWN_SOURCE = "orchestrator:emit"
+#: What in an entry of `on:` may be the URL of a server.
+_URLS = ("url", "endpoint_url", "queue")
 #: Letters a second: one in a quarter of an hour.
 _LEAST_RATE = 0.001
 
@@ -29,6 +32,18 @@ def workflow_in_force(engine: Engine, name: str) -> Workflow:
     if name not in known:
         raise NotFoundError(f"{unknown('workflow', name, known)} (in force: {', '.join(known) or 'none'})")
     return Workflow.from_json(known[name]["workflow"])
+
+
+def shown(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition (`Workflow.to_json`) as people see it: without the passwords of URLs in its `on:`."""
+    entries = [
+        {
+            kind: {name: mask_url(value) if name in _URLS and isinstance(value, str) else value for name, value in of}
+            for kind, of in ((kind, given.items()) for kind, given in entry.items())
+        }
+        for entry in definition.get("on", ())
+    ]
+    return {**definition, "on": entries} if entries else dict(definition)
 
 
 def start_run(engine: Engine, name: str, given: Mapping[str, Any], *, key: str | None = None) -> tuple[str, Event]:

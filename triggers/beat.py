@@ -78,7 +78,8 @@ _NOW = datetime.min.replace(tzinfo=UTC)
 class _Entry:
     """A schedule in work: its record as the ledger has it, and when to look at it again (None: never).
 
-    Nothing up to `begin` is emitted: it was paused then.
+    Nothing up to `begin` is emitted: it was paused then. What comes next comes in turn, not before `turn_at`, when what
+    was due before it came: where the jitter is longer than the period.
     """
 
     schedule: Schedule
@@ -86,6 +87,7 @@ class _Entry:
     state: State
     begin: datetime
     next_at: datetime | None = _NOW
+    turn_at: datetime = _NOW
 
     @property
     def after(self) -> datetime:
@@ -198,9 +200,9 @@ class Beat(LeadingService):
             begin = max(begin, late_before - timedelta(seconds=on.jitter_s) - _TICK)
         found: list[Due] = []
         late: Due | None = None
-        entry.next_at = None
+        entry.next_at, emit_at = None, entry.turn_at
         for due in dues(on, begin):
-            emit_at = due.at + jitter(name, on, due)
+            emit_at = max(emit_at, due.at + jitter(name, on, due))
             if emit_at > now:
                 entry.next_at = emit_at
                 break
@@ -208,6 +210,7 @@ class Beat(LeadingService):
                 late = due
                 continue
             found.append(due)
+            entry.turn_at = emit_at
             if len(found) == _BATCH:
                 entry.next_at = now + timedelta(seconds=PERIOD_S)
                 break

@@ -48,7 +48,15 @@ class Delivery:
 
     @property
     def is_cloud_event(self) -> bool:
-        return self.is_batch or self.content_type == "application/cloudevents+json" or "ce-specversion" in self.headers
+        return self.is_batch or self.is_structured or "ce-specversion" in self.headers
+
+    @property
+    def is_structured(self) -> bool:
+        return self.content_type == "application/cloudevents+json"
+
+    @property
+    def is_binary(self) -> bool:
+        return self.is_cloud_event and not self.is_batch and not self.is_structured
 
     @property
     def is_batch(self) -> bool:
@@ -189,7 +197,7 @@ def cloud_events(path: str, delivery: Delivery, *, time: str) -> list[Event]:
         if not isinstance(bodies, list):
             raise InputError("a batch of CloudEvents must be a JSON array")
         return [_foreign(path, _structured(body), time) for body in bodies]
-    if delivery.content_type == "application/cloudevents+json":
+    if delivery.is_structured:
         return [_foreign(path, _structured(_json(delivery.body)), time)]
     return [_foreign(path, _binary(delivery), time)]
 

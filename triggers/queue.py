@@ -9,7 +9,6 @@ taken is kept, and tried again; nothing further is taken, so that no queue of de
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -28,6 +27,7 @@ from orchestrator.settings import mask_url, read_secret
 from orchestrator.subscriptions import OnQueue, queue_trigger
 from orchestrator.telemetry import Outage, get_logger
 from orchestrator.workflows import Workflow
+from triggers.delivery import NotJsonError, read_json
 from triggers.queue_source import Message, Source
 
 log = get_logger(__name__)
@@ -118,20 +118,22 @@ class QueueTrigger:
 
     def _accept(self, source: Source, taken: Sequence[Message], stopping: threading.Event) -> bool:
         """Have the bus take the events, and let go of the messages; False if that did not work until stop."""
-        events, unreadable = [], []
+        events: list[tuple[Message, Event]] = []
+        unreadable: list[tuple[Message, str]] = []
         for message in taken:
             try:
-                events.append(event_of(self._on, message, self._clock()))
+                events.append((message, event_of(self._on, message, self._clock())))
             except InputError as exc:
                 unreadable.append((message, str(exc)))
         pause_s = _PAUSES_S[0]
         while True:
             try:
+                if events:
+                    unreadable += self._emit_all(events)
+                    events = []
                 while unreadable:
                     self._set_aside(*unreadable[-1])
                     unreadable.pop()
-                if events:
-                    self._emit(events)
                 break
             except UnavailableError as exc:
                 self._outage.begins(exc)
@@ -141,6 +143,18 @@ class QueueTrigger:
                 source.keep(taken)
         source.settle(taken)
         return True
+
+    def _emit_all(self, events: Sequence[tuple[Message, Event]]) -> list[tuple[Message, str]]:
+        """Emit them, and answer those that nobody can: tried again, they would hold up all others."""
+        try:
+            self._emit([event for _, event in events])
+        except UnavailableError:
+            raise
+        except Exception as exc:  # noqa: BLE001 -- one of them is what nobody thought of
+            if len(events) > 1:
+                return [one for pair in events for one in self._emit_all([pair])]
+            return [(events[0][0], f"it could not be put on the bus: {type(exc).__name__}")]
+        return []
 
     def _set_aside(self, message: Message, why: str) -> None:
         now_ms = time.time_ns() // 1_000_000
@@ -192,9 +206,9 @@ def _checked(body: object) -> Event:
 
 def _json(body: bytes) -> Any:
     try:
-        return json.loads(body.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"the message is not JSON ({type(exc).__name__})") from exc
+        return read_json(body)
+    except NotJsonError as exc:
+        raise InputError("the message is not JSON, or not such as everybody can read") from exc
 
 
 def _text(body: bytes) -> str:

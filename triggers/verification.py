@@ -26,6 +26,7 @@ from standardwebhooks import Webhook
 
 from orchestrator.events import digest
 from orchestrator.subscriptions import SIGNING_PREFIX, Verification
+from triggers.delivery import NotJsonError, read_json
 
 _SECONDS = re.compile(r"[0-9]{1,11}\Z")
 _MILLISECONDS = re.compile(r"[0-9]{12,14}\Z")
@@ -44,25 +45,39 @@ def delivery_id(how: Verification | None, headers: Mapping[str, str], parsed: ob
     """Return what tells a delivery from others and stays the same when it is sent again; None if nothing does.
 
     `parsed` is the body's JSON, or None. Where the time is signed and there is no id, what was signed is the identity:
-    else a delivery that somebody has overheard could be sent again within the window.
+    else a delivery that somebody has overheard could be sent again within the window. For the same reason nothing that
+    is not signed counts with senders who put their ids into the body: no other header, and not the content type.
     """
-    found = None
-    match how.scheme if how is not None else None:
+    found: object = None
+    scheme = how.scheme if how is not None else None
+    match scheme:
         case "github":
             found = headers.get("x-github-delivery")
         case "gitlab" | "standard":
             found = headers.get("webhook-id")
-        case "stripe" if isinstance(parsed, Mapping):
-            found = parsed.get("id")
-        case "slack" if isinstance(parsed, Mapping):
-            found = parsed.get("event_id")
+        case "stripe" | "slack":
+            found = _member(body if parsed is None else parsed, "id" if scheme == "stripe" else "event_id")
         case "hmac" if how is not None and how.id_header:
             found = headers.get(how.id_header.lower())
     if not (isinstance(found, str) and found):
-        found = headers.get(_IDEMPOTENCY_KEY)
+        found = headers.get(_IDEMPOTENCY_KEY) if scheme not in ("stripe", "slack") else None
     if not found and how is not None and (moment := _signed_time(how, headers)):
         found = digest(moment, body.hex())
     return found or None
+
+
+def _member(body: object, name: str) -> object:
+    """Return a member of a body, which is JSON whatever its sender called it; None if there is none."""
+    try:
+        value = read_json(body) if isinstance(body, bytes) else body
+    except NotJsonError:
+        return None
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
+def signs_time(how: Verification) -> bool:
+    """Tell whether deliveries are signed with their time, so that those which were overheard soon count no more."""
+    return how.scheme in ("stripe", "slack", "standard") or how.timestamp_header is not None
 
 
 def _signed_time(how: Verification, headers: Mapping[str, str]) -> str | None:

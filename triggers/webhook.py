@@ -35,7 +35,7 @@ from triggers.delivery import Delivery, cloud_events, joined, parsed, read_json,
 from triggers.group_commit import GroupCommit
 from triggers.rotation import Secrets
 from triggers.run_ends import RunEnds
-from triggers.verification import delivery_id, refusal, secret_headers
+from triggers.verification import delivery_id, refusal, secret_headers, signs_time
 
 log = get_logger(__name__)
 
@@ -130,6 +130,10 @@ class _Hook:
         on = self.on
         try:
             if delivery.is_cloud_event and (on.verify is None or on.verify.scheme not in _PLAIN_SENDERS):
+                if delivery.is_binary and on.verify is not None and signs_time(on.verify):
+                    raise InputError(
+                        "attributes of a CloudEvent in headers (binary mode) are not signed; send it in structured mode"
+                    )
                 events = cloud_events(on.path, delivery, time=moment)
                 self._check([event.data for event in events])
                 return events, True
@@ -239,8 +243,8 @@ class Hooks:
         try:
             await self._fill(body, hook.on.max_bytes, headers, receive)
             delivery = Delivery(method=scope["method"], query=scope["query_string"], headers=headers, body=bytes(body))
-            large = len(body) > _LARGE_BYTES
-            taken = await asyncio.to_thread(self._read, hook, delivery) if large else self._read(hook, delivery)
+            is_long = len(body) > _LARGE_BYTES or hook.check is not None  # of some schemas a small body is enough
+            taken = await asyncio.to_thread(self._read, hook, delivery) if is_long else self._read(hook, delivery)
             if taken.challenge is not None:
                 return answer(200, taken.challenge.encode(), content_type=b"text/plain; charset=utf-8")
             hook.rate.check(take=True)

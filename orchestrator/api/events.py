@@ -20,6 +20,8 @@ from orchestrator.tokens import Scope
 
 #: As many events come in one batch at most.
 _BATCH = 1000
+#: A page takes no longer than it takes to look at so many.
+_LOOKED_AT = 20_000
 _BATCH_TYPE = "application/cloudevents-batch+json"
 
 Verdict = Literal["started", "refused", "no_match", "loop"]
@@ -58,9 +60,11 @@ def make_router(place: Place) -> APIRouter:
         limit: Limit = 50,
         after: After = None,
     ) -> Json:
-        """List events, newest first, with what came of them."""
+        """List events, newest first, with what came of them. A page may have fewer than `limit`, or none, and a `next`:
+        so many were looked at.
+        """
         try:
-            return page(*events.page(limit=limit, after=after, verdict=verdict, type_=type))
+            return page(*events.page(limit=limit, after=after, verdict=verdict, type_=type, most=_LOOKED_AT))
         except NotFoundError as exc:
             raise first_or_after(after, exc) from exc
 

@@ -42,12 +42,12 @@ def make_router(place: Place) -> APIRouter:
     @routes.get("/workflows", **says(shapes.Workflows))
     def list_workflows() -> Json:
         """List the workflows in force."""
-        return page((known["workflow"] for known in engine.ledger.workflows().values()), None)
+        return page((operations.shown(known["workflow"]) for known in engine.ledger.workflows().values()), None)
 
     @routes.get("/workflows/{workflow}", **says(shapes.Workflow))
     def show_workflow(workflow: str) -> Json:
         """Show the definition in force of a workflow."""
-        return Json(operations.workflow_in_force(engine, workflow).to_json())
+        return Json(operations.shown(operations.workflow_in_force(engine, workflow).to_json()))
 
     @routes.get(
         "/workflows/{workflow}/graph",

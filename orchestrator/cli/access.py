@@ -97,8 +97,3 @@ def read_json(option: str, text: str) -> Any:
     except RecursionError as exc:
         raise InputError(f"{option} is nested too deeply") from exc
     return value
-
-
-def check_event(event: Any) -> None:
-    """Raise InputError for an event that the dispatcher would set aside, as long as somebody is there to be told."""
-    type(event).from_json(event.to_json())

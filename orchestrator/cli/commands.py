@@ -136,8 +136,10 @@ def workflows_list(project: ProjectOption = None, as_json: JsonOption = False) -
     loaded = load(settings_of(project))
     if loaded.faults:
         raise DefinitionError(loaded.faults)
-    items = [workflow.to_json() for workflow in loaded.workflows.values()]
     if as_json:
+        from orchestrator.operations import shown
+
+        items = [shown(workflow.to_json()) for workflow in loaded.workflows.values()]
         print_json({"items": items, "next": None})
         return
     rows = [

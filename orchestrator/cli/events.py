@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +12,6 @@ from orchestrator.cli.access import (
     JsonOption,
     LimitOption,
     ProjectOption,
-    check_event,
     engine_of,
     read_json,
     settings_of,
@@ -149,7 +146,7 @@ def events_replay(
 @app.command("emit")
 def events_emit(
     type_: Annotated[str, typer.Option("--type", help="What happened, as shop.order.placed.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "orchestrator:emit",
+    source: Annotated[str | None, typer.Option(help="Who says so (orchestrator:emit).")] = None,
     data: Annotated[str | None, typer.Option(help="The data as JSON, or @FILE.")] = None,
     subject: Annotated[str | None, typer.Option(help="What it happened to.")] = None,
     event_id: Annotated[str | None, typer.Option("--id", help="Identity within the source; else a new one.")] = None,
@@ -158,12 +155,11 @@ def events_emit(
     as_json: JsonOption = False,
 ) -> None:
     """Put an event of your own on the bus."""
-    from orchestrator.events import Event
+    from orchestrator.operations import read_event
 
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    said = {"type": type_, "source": source, "id": event_id, "subject": subject}
     given = None if data is None else read_json("--data", data)
-    event = Event(id=event_id or str(uuid.uuid4()), source=source, type=type_, subject=subject, time=moment, data=given)
-    check_event(event)
+    event = read_event({name: text for name, text in said.items() if text is not None} | {"data": given})
     with engine_of(settings_of(project, data_dir)) as engine:
         engine.bus.publish([event])
     if as_json:

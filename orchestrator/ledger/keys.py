@@ -147,7 +147,7 @@ def seen_key(event_key: str) -> str:
 
 
 def event_key(event_key: str) -> str:
-    """Key of the record of an event (eventlog.py), a hash; TTL is the retention of events.
+    """Key of the record of an event (eventlog.py), a hash; TTL is the retention of events and a day.
 
     event (payload) accepted_at verdict definitions (hash) verdicts (JSON, by workflow); duplicates duplicate_at.
     """
@@ -155,7 +155,7 @@ def event_key(event_key: str) -> str:
 
 
 def event_id_key(digest: str) -> str:
-    """Key of the keys of the events with an id, by the digest of it, a set; TTL is the retention of events."""
+    """Key of the keys of the events with an id, by the digest of it, a set; the same TTL."""
     return f"{PREFIX}:event-id:{digest}"
 
 

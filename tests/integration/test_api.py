@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from orchestrator import operations
 from orchestrator.api import check_exposure, make_app, make_health
 from orchestrator.audit import Audit
 from orchestrator.celery_app import EVENT_QUEUE
@@ -27,7 +28,7 @@ from orchestrator.plan import Plan
 from orchestrator.recurrence import OnSchedule
 from orchestrator.runs import run_id
 from orchestrator.settings import Settings
-from orchestrator.subscriptions import OnEvent
+from orchestrator.subscriptions import OnEvent, OnQueue
 from orchestrator.tokens import Scope, Tokens
 from orchestrator.workflows import Param, Step, Workflow
 from tests.conftest import Server, capture_logs, wait_until
@@ -265,6 +266,16 @@ def test_schedules_are_listed_paused_and_backfilled(api: httpx.Client, engine: E
     for path in ("/schedules/none", "/schedules/a%2Fb"):
         is_problem(api.get(path), 404)
     is_problem(api.post("/schedules/none/pause"), 404)
+
+
+def test_passwords_of_queues_are_not_shown(api: httpx.Client, engine: Engine) -> None:
+    queue = OnQueue(url="amqp://user:hunter2@mq:5672/v", queue="orders")
+    put_in_force(engine, workflow(on=[queue]))
+    for path in ("/workflows", "/workflows/w"):
+        text = api.get(path).text
+        assert "hunter2" not in text
+        assert "amqp://user:***@mq:5672/v" in text
+    assert operations.workflow_in_force(engine, "w").on == (queue,)
 
 
 def test_workflows_in_force_are_listed_shown_drawn_and_built(api: httpx.Client, engine: Engine) -> None:

@@ -278,6 +278,15 @@ def test_jitter_puts_off_and_changes_no_identity(place: Place) -> None:
     assert max(delays) <= 55
 
 
+def test_what_waits_for_its_turn_is_not_late(place: Place) -> None:
+    """Where the jitter is longer than the period a time may wait for the one before, longer than an outage may last."""
+    beat = place.beat(workflow(every_s=600, jitter_s=6 * 3600))
+    found = place.turn(beat, "2026-01-02T00:00:00")
+    place.clock.to("2026-01-01T00:00")
+    wanted = [place.clock.now + timedelta(minutes=10 * n) for n in range(1, 18 * 6 + 1)]
+    assert [one for one in found if one <= "2026-01-01T18:00:00Z"] == [f"{at:%Y-%m-%dT%H:%M:%SZ}" for at in wanted]
+
+
 def test_pause_and_resume(place: Place) -> None:
     """While it is paused nothing comes, also with `catchup: all`, and of that time nothing is made up for."""
     definition = workflow(cron="*/10 * * * *", catchup="all")

@@ -14,12 +14,12 @@ from orchestrator.celery_app import EVENT_QUEUE
 from orchestrator.dispatcher import Dispatcher, manual_event
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import InputError, NotFoundError
-from orchestrator.events import CAUSATION, HOPS, Event, foreign_fault, replay_of
+from orchestrator.events import CAUSATION, HOPS, TRIGGER, Event, foreign_fault, replay_of
 from orchestrator.expressions import parse
 from orchestrator.ledger import keys
 from orchestrator.resume import resume
 from orchestrator.runs import RunState, run_id
-from orchestrator.subscriptions import OnEvent, OnRun
+from orchestrator.subscriptions import OnEvent, OnRun, OnWebhook
 from orchestrator.workflows import Param, Step, Workflow
 from tests.conftest import command, on_servers, wait_until
 from tests.integration.conftest import Place
@@ -73,6 +73,41 @@ def test_an_event_that_comes_again_is_counted_and_starts_nothing(engine: Engine,
     }  # fmt: skip
 
 
+def test_an_event_that_comes_by_two_triggers_is_for_the_workflows_of_both(
+    engine: Engine, dispatcher: Dispatcher
+) -> None:
+    """A broker delivers one CloudEvent to each of its subscribers; and a stranger may claim another's id."""
+    dispatcher.apply([echo("wa", OnWebhook(path="a")), echo("wb", OnWebhook(path="b")), echo("both", T)])
+    a, b = (event(id="1", extensions={TRIGGER: f"webhook:{path}"}) for path in "ab")
+    assert set(dispatcher.dispatch(a)) == {"wa", "both"}
+    assert set(dispatcher.dispatch(b)) == {"wb", "both"}
+    assert dispatcher.dispatch(a) == dispatcher.dispatch(b) == {}
+    runs = {run_id(name, "test", "1") for name in ("wa", "wb", "both")}
+    assert set(engine.ledger.active()) == runs  # once each
+    with pytest.raises(InputError, match="say which by its key"):
+        engine.events.get("1")
+
+
+def test_an_id_that_is_the_key_of_another_event_does_not_hide_it(engine: Engine, dispatcher: Dispatcher) -> None:
+    dispatcher.apply([])
+    mine = event()
+    dispatcher.dispatch(mine)
+    dispatcher.dispatch(event(id=mine.key, source="b"))
+    assert engine.events.get(mine.key)["event"]["id"] == mine.id
+
+
+def test_a_page_ends_where_too_many_would_have_to_be_looked_at(engine: Engine, dispatcher: Dispatcher) -> None:
+    dispatcher.apply([])
+    old = event("rare")
+    for n, each in enumerate((old, *(event() for _ in range(5)))):
+        dispatcher.dispatch(each)
+        engine.ledger.client.zadd(keys.EVENTS, {each.key: n})
+    found, cursor = engine.events.page(type_="rare", most=3)
+    assert (found, cursor is not None) == ([], True)
+    found, cursor = engine.events.page(type_="rare", after=cursor, most=3)
+    assert ([one["key"] for one in found], cursor) == ([old.key], None)
+
+
 def test_why_is_told_by_the_definitions_that_were_in_force_then(engine: Engine, dispatcher: Dispatcher) -> None:
     dispatcher.apply([echo("w", OnEvent(pattern={"type": ["x"]})), echo("by-hand")])
     old = event()
@@ -111,7 +146,7 @@ def test_an_id_may_be_that_of_events_of_several_sources(engine: Engine, dispatch
     one, two = event(id="1", source="a"), event(id="1", source="b")
     for each in (one, two):
         dispatcher.dispatch(each)
-    with pytest.raises(InputError, match="events of several sources have the id '1'"):
+    with pytest.raises(InputError, match="events of several sources or triggers have the id '1'"):
         engine.events.get("1")
     assert engine.events.get(two.key)["event"]["source"] == "b"
     with pytest.raises(NotFoundError, match="event 'x' is not known"):
@@ -152,6 +187,25 @@ def test_events_are_kept_for_their_time_and_up_to_their_number(engine: Engine, d
     assert dispatcher.dispatch(sent[0]) == {}
     assert engine.events.trim(now_ms() + engine.settings.events_retention_s * 1000 + 2000) == 3
     assert engine.events.page() == ([], None)
+
+
+def test_a_large_event_leaves_nothing_behind_whenever_it_is_dropped(engine: Engine) -> None:
+    """Its record is still there at the end of the retention, and is not needed after a long downtime."""
+    short = Engine(engine.settings.evolve(events_retention_s=1))
+    dispatcher = Dispatcher(short)
+    dispatcher.apply([])
+    blobs = engine.settings.blobs_dir / "events"
+    for lose_record in (False, True):
+        large = event(data="x" * (engine.settings.payload_bytes + 1))
+        dispatcher.dispatch(large)
+        assert list(blobs.iterdir())
+        record = keys.event_key(large.key)
+        assert short.ledger.client.ttl(record) > 3600
+        if lose_record:
+            short.ledger.client.delete(record)
+        assert short.events.trim(now_ms() + 2000) == 1
+        assert not list(blobs.iterdir())
+    short.close()
 
 
 def test_a_replay_is_a_new_event_that_says_which_one_it_repeats(engine: Engine, dispatcher: Dispatcher) -> None:
@@ -249,19 +303,22 @@ def test_the_event_of_a_run_is_told_again_by_the_rescuer_if_the_bus_was_away(pla
     engine.close()
 
 
-def test_the_end_of_an_episode_is_told_although_the_next_is_opened_at_once(place: Place, at_work: Dispatcher) -> None:
-    at_work.apply([echo("work"), echo("after", OnRun(workflow=("work",), state=("failed", "succeeded")))])
-    engine = Engine(place.settings)
-    ledger, run = engine.ledger, uuid.uuid4().hex
-    plan = engine.plan(ledger.workflow_plan("work"))
-    engine.start(run, plan, event=event().to_json(), params={"value": "x"})
+def test_the_end_of_an_episode_is_told_though_the_run_goes_on_before_anybody_could(
+    place: Place, at_work: Dispatcher
+) -> None:
+    follow = OnRun(workflow=("work",), state=("failed", "succeeded"))
+    at_work.apply([echo("work"), echo("after", follow, value="{{ event.data.state }}")])
+    ledger = place.engine.ledger
+    run, plan = uuid.uuid4().hex, place.engine.plan(ledger.workflow_plan("work"))
+    text = json.dumps(event().to_json())
+    ledger.start(run, plan, event=text, event_id="e", run_input="{}", created_ms=now_ms())
     ledger.give_up(run, {"type": "RunLost", "message": "x"})  # and whoever did that has died here
-    resume(engine, run)
+    assert resume(place.engine, run) == 2
     for episode, state in ((1, "failed"), (2, "succeeded")):
         after = run_id("after", "orchestrator:runs", f"{run}.{episode}")
-        wait_until(lambda after=after: ledger.outcome(after)[0], f"the end of episode {episode} is followed")
-        assert place.end(after).output["state"] == state
-    engine.close()
+        wait_until(lambda after=after: ledger.outcome(after)[0], "the episode is followed")
+        assert place.end(after).output == state
+        assert place.engine.events.get(f"{run}.{episode}")["duplicates"] == 0
 
 
 def test_a_large_output_does_not_travel(place: Place, at_work: Dispatcher) -> None:

@@ -155,7 +155,7 @@ def test_what_only_looks_like_an_envelope_is_a_message(start: Any, bus: Bus, sou
 def test_what_cannot_be_read_is_set_aside_with_its_bytes_and_holds_up_nobody(
     start: Any, bus: Bus, source: redis.Redis, jobs: OnQueue
 ) -> None:
-    bad = [b"{", b"\xff\xfe", b"", b"NaN", b"[" * 100_000, b'{"a": 1e999}', b"x" * 11_000_000]
+    bad = [b"{", b"\xff\xfe", b"", b"NaN", b"[" * 100_000, b'{"a": 1e999}', b'"\\ud800"', b"x" * 11_000_000]
     source.lpush("jobs", *bad, b"1")
     with capture_logs() as logs:
         start(jobs)
@@ -165,6 +165,37 @@ def test_what_cannot_be_read_is_set_aside_with_its_bytes_and_holds_up_nobody(
     assert sorted(one["raw"].encode("latin-1") for one in letters) == sorted(bad)
     assert {(one["reason"], one["queue"]) for one in letters} == {("queue_message", "jobs")}
     assert {entry["event"] for entry in logs} == {"queue_message_set_aside"}
+
+
+def test_what_is_nested_as_deeply_as_can_be_read_holds_up_nobody(
+    start: Any, bus: Bus, source: redis.Redis, jobs: OnQueue
+) -> None:
+    """Whether it can be written depends on how many calls are on the stack: it must not be the first for ever."""
+    bad = [b"[" * depth + b"]" * depth for depth in range(940, 1000)]
+    source.lpush("jobs", *bad, b"1")
+    start(jobs)
+    assert [event.data["body"] for event in bus.wait(1)] == [1]
+    wait_until(lambda: is_empty(source), "all are let go of")
+    assert sorted(one["raw"].encode("latin-1") for one in bus.set_aside()) == sorted(bad)
+
+
+def test_an_event_that_nobody_can_publish_is_set_aside_and_the_others_are_not(
+    start: Any, bus: Bus, source: redis.Redis, jobs: OnQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = bus.publish
+
+    def refuse(events: Sequence[Event]) -> None:
+        if any(event.data["body"] == 2 for event in events):
+            raise RuntimeError("nobody thought of it")
+        publish(events)
+
+    monkeypatch.setattr(bus, "publish", refuse)
+    source.lpush("jobs", "1", "2", "3")
+    start(jobs)
+    assert [event.data["body"] for event in bus.wait(2)] == [1, 3]
+    wait_until(lambda: is_empty(source), "all are let go of")
+    (letter,) = bus.set_aside()
+    assert (letter["raw"], letter["detail"]) == ("2", "it could not be put on the bus: RuntimeError")
 
 
 def test_cloudevents_keep_their_identity(start: Any, bus: Bus, source: Any, jobs: OnQueue) -> None:

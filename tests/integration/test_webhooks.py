@@ -23,7 +23,7 @@ from orchestrator.cli.addresses import STATE, addresses, listen
 from orchestrator.cli.gateway import Gateway
 from orchestrator.engine import Engine
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
-from orchestrator.events import Event, digest
+from orchestrator.events import Event
 from orchestrator.ledger import keys
 from orchestrator.project import load_in_subprocess
 from orchestrator.runs import run_id
@@ -112,7 +112,8 @@ def test_an_id_seen_before_is_answered_with_the_first_event(hooked: Hooked, engi
     first = hooked.http.post("/hooks/a", content=b"{}", headers=headers).json()
     again = hooked.http.post("/hooks/a", content=b"{}", headers=headers).json()
     assert first == again == {"id": "d1", "source": "orchestrator:webhook/a"}
-    engine.ledger.client.set(keys.seen_key(digest("orchestrator:webhook/a", "d1")), "1", ex=60)
+    wait_until(lambda: hooked.events, "the event is on the bus")
+    engine.ledger.client.set(keys.seen_key(Event.from_json(hooked.events[0]).key), "1", ex=60)
     later = hooked.http.post("/hooks/a", content=b"{}", headers=headers).json()
     assert later == first | {"duplicate": True}
 
@@ -241,6 +242,16 @@ def test_a_body_must_fit_the_schema(hooked: Hooked) -> None:
     assert hooked.http.post("/hooks/a", json={"n": "1"}, headers=headers).status_code == 422
 
 
+def test_a_schema_that_takes_long_holds_up_nobody_else(hooked: Hooked) -> None:
+    """Of some a small body is enough: to see that no two objects are equal each is compared with each."""
+    hooked.apply(OnWebhook(path="slow", schema={"uniqueItems": True}), OnWebhook(path="quick"))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(hooked.http.post, "/hooks/slow", json=[{"n": n} for n in range(2000)])
+        wait_until(lambda: hooked.http.post("/hooks/quick").status_code == 202 and hooked.events, "others are answered")
+        assert not slow.done()
+        assert slow.result().status_code == 202
+
+
 def test_a_schema_is_not_shown_to_who_is_not_verified(hooked: Hooked) -> None:
     hooked.apply(OnWebhook(path="a", verify=GITHUB, schema={"type": "object"}))
     assert hooked.http.post("/hooks/a", content=b"[]").status_code == 401
@@ -271,6 +282,46 @@ def test_a_known_sender_sends_no_cloud_events(hooked: Hooked) -> None:
     headers = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/s", "ce-type": "t", "X-GitHub-Delivery": "d"}
     response = hooked.http.post("/hooks/a", content=b"{}", headers=_signed(b"{}") | headers)
     assert response.json() == {"id": "d", "source": "orchestrator:webhook/a"}
+
+
+@pytest.mark.parametrize("scheme", ["stripe", "slack"])
+def test_what_is_not_signed_makes_no_other_delivery_of_an_overheard_one(hooked: Hooked, scheme: str) -> None:
+    hooked.apply(OnWebhook(path="a", verify=Verification(scheme=scheme, secrets=("env:HOOK_SECRET",))))
+    moment = str(int(time.time()))
+    for body in (b'{"id": "evt_1", "event_id": "evt_1"}', b"no=json"):
+        signed = (f"{moment}." if scheme == "stripe" else f"v0:{moment}:").encode() + body
+        signature = hmac.new(SECRET.encode(), signed, "sha256").hexdigest()
+        headers = {
+            "stripe": {"Stripe-Signature": f"t={moment},v1={signature}"},
+            "slack": {"X-Slack-Request-Timestamp": moment, "X-Slack-Signature": f"v0={signature}"},
+        }[scheme]
+        tries: list[dict[str, str]] = [
+            {"Content-Type": "application/json"},
+            {"Content-Type": "text/plain"},
+            {"Idempotency-Key": "other"},
+            {"Content-Type": "application/octet-stream", "Idempotency-Key": "another"},
+        ]
+        answers = [hooked.http.post("/hooks/a", content=body, headers=headers | more) for more in tries]
+        assert {answer.status_code for answer in answers} == {202}
+        assert len({answer.json()["id"] for answer in answers}) == 1
+
+
+def test_attributes_in_headers_do_not_pass_for_signed(hooked: Hooked) -> None:
+    """Who has overheard a delivery could make any event of it, as often as they like."""
+    how = {"header": "X-Signature", "timestamp_header": "X-Time", "payload": "{timestamp}.{body}"}
+    hooked.apply(OnWebhook(path="a", verify=Verification(scheme="hmac", secrets=("env:HOOK_SECRET",), **how)))
+    attributes = {"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}
+    moment = str(int(time.time()))
+
+    def deliver(body: bytes, more: dict[str, str]) -> httpx.Response:
+        signature = hmac.new(SECRET.encode(), f"{moment}.".encode() + body, "sha256").hexdigest()
+        headers = {"X-Signature": signature, "X-Time": moment} | more
+        return hooked.http.post("/hooks/a", content=body, headers=headers)
+
+    binary = deliver(b"{}", {f"ce-{name}": value for name, value in attributes.items()})
+    assert (binary.status_code, "structured mode" in binary.json()["detail"]) == (400, True)
+    structured = deliver(json.dumps(attributes).encode(), {"Content-Type": "application/cloudevents+json"})
+    assert structured.json() == {"id": "1", "source": "/s"}
 
 
 def test_challenges_are_answered(hooked: Hooked) -> None:

@@ -58,6 +58,8 @@ def test_any_value_is_printed_as_json(monkeypatch, encoding):
         (["--type", "t", "--source", ""], "source must be"),
         (["--type", "t", "--id", "\udcff"], "is not Unicode"),
         (["--type", "t", "--data", "NaN"], "--data is not JSON"),
+        (["--type", "orchestrator.run.succeeded"], "not for others to use"),
+        (["--type", "t", "--source", "orchestrator:runs"], "not for others"),
     ],
 )
 def test_an_event_that_would_be_set_aside_is_not_emitted(options, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,24 @@ def test_an_event_comes_back_from_its_json_with_its_extensions() -> None:
 def test_what_is_no_event_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Event.from_json(BODY | change)
+
+
+def test_what_is_nested_too_deeply_is_refused_however_deep_the_calls_are() -> None:
+    """What passes at the door must pass wherever it is read and written later, with more calls on the stack."""
+
+    def called(depth: int, levels: int) -> Event:
+        if depth:
+            return called(depth - 1, levels)
+        data: list[Any] = []
+        for _ in range(levels):
+            data = [data]
+        return Event.from_json(BODY | {"data": data})
+
+    for depth in (0, 500):
+        called(depth, 190)
+        for levels in (210, 900):
+            with pytest.raises(InputError, match=r"nested|not JSON"):
+                called(depth, levels)
 
 
 def test_something_else_than_an_object_is_refused() -> None:
