@@ -22,8 +22,8 @@ from tests.chaos.workload import TRIGGERED, write_project
 STUCK_S = 120.0
 #: Rounds start while fewer runs of events and files than this are in flight.
 _IN_FLIGHT = 18
-#: Between two cuts of the connections to the store, on average.
-_CUT_S = 8.0
+#: Between two cuts of the connections to the store, on average; half of them let nothing through for up to so long.
+_CUT_S, _SILENT_S = 8.0, 6.0
 
 
 def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
@@ -92,7 +92,7 @@ def _strike(
             killer.strike()
             strike_at = time.monotonic() + chance.uniform(0.2, 1.8) * every_s
         if time.monotonic() >= cut_at:
-            sources.cut()
+            sources.cut(max(0.0, chance.uniform(-_SILENT_S, _SILENT_S)))
             cut_at = time.monotonic() + chance.uniform(0.2, 1.8) * _CUT_S
         if time.monotonic() - said > 30:
             said = time.monotonic()

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -111,11 +112,15 @@ class Sources:
         if self._moto is not None:
             self._moto.stop()
 
-    def cut(self) -> None:
-        """Cut all connections to the store."""
-        if self._proxy is not None:
+    def cut(self, silent_s: float) -> None:
+        """Cut all connections to the store; or let nothing through for so long."""
+        assert self._proxy is not None
+        self.cuts += 1
+        if silent_s > 0:
+            self._proxy.cut()
+            threading.Timer(silent_s, self._proxy.mend).start()
+        else:
             self._proxy.break_connections()
-            self.cuts += 1
 
     def send(self, kind: str) -> None:
         """Have the next thing of a kind sent, by another thread."""
