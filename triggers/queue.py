@@ -19,15 +19,16 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator.cloud_events import attributes_of, data_of, is_json
 from orchestrator.errors import InputError, OrchestratorError, UnavailableError, one_line
 from orchestrator.events import QUEUE_MESSAGE, TRIGGER, Event, foreign_fault
 from orchestrator.ledger import Ledger
 from orchestrator.service import Service
 from orchestrator.settings import mask_url, read_secret
+from orchestrator.strict_json import NotJsonError, read_json
 from orchestrator.subscriptions import OnQueue, queue_source, queue_trigger
 from orchestrator.telemetry import Outage, get_logger
 from orchestrator.workflows import Workflow
-from triggers.delivery import NotJsonError, read_json
 from triggers.queue_source import Message, Source
 
 log = get_logger(__name__)
@@ -191,9 +192,11 @@ def _cloud_event(message: Message) -> Event:
         match[1].lower(): value for name, value in message.headers.items() if (match := _BINARY.match(name)) is not None
     }
     if "specversion" not in attributes:
-        return _checked(_json(message.body))
-    data = _json(message.body) if "json" in (message.content_type or "json") else _text(message.body)
-    return _checked(attributes | {"data": data})
+        return _checked(attributes_of(_json(message.body)))
+    content_type = message.content_type or "application/json"
+    if is_json(content_type):
+        return _checked(attributes | {"data": _json(message.body)})
+    return _checked(attributes | data_of(message.body, content_type))
 
 
 def _checked(body: object) -> Event:
@@ -209,13 +212,6 @@ def _json(body: bytes) -> Any:
         return read_json(body)
     except NotJsonError as exc:
         raise InputError("the message is not JSON, or not such as everybody can read") from exc
-
-
-def _text(body: bytes) -> str:
-    try:
-        return body.decode()
-    except UnicodeDecodeError as exc:
-        raise InputError("the message is neither JSON nor text") from exc
 
 
 def queue_triggers(

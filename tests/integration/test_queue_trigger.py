@@ -231,6 +231,12 @@ def test_cloudevents_keep_their_identity(start: Any, bus: Bus, source: Any, jobs
     assert (event.id, event.source, event.type, event.data) == ("e1", "https://shop", "shop.order", {"n": 1})
     assert event.extensions == {"tenant": "a", "trigger": queue_trigger(on)}
     wait_until(lambda: len(bus.set_aside()) == 7, "the others are set aside")
+    encoded = {name: value for name, value in CLOUD.items() if name != "data"} | {
+        "id": "e2",
+        "data_base64": "eyJuIjogMn0=",
+    }
+    source.lpush("jobs", json.dumps(encoded | {"datacontenttype": "application/json"}))
+    assert bus.wait(1)[0].data == {"n": 2}
 
 
 def test_while_the_bus_is_away_what_was_taken_is_kept(
