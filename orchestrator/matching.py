@@ -135,14 +135,14 @@ class Matcher:
         return found
 
     def why_not(self, workflow: str, body: Mapping[str, Any]) -> str | None:
-        """Say why a workflow is not started by an event: a sentence for each entry; None if it is."""
+        """Say why a workflow is not started by an event: what each of its entries says; None if it is."""
         entries = self._entries.get(workflow, [])
         if is_by_hand(body):
             return None if body.get("subject") == workflow else "the event is for another workflow"
         reasons = [entry.why_not(body) for entry in entries]
         if None in reasons:
             return None
-        return "; ".join(filter(None, reasons)) or "it has no `on:`; only `orchestrator run` starts it"
+        return "; ".join(dict.fromkeys(filter(None, reasons))) or "it has no `on:`; only `orchestrator run` starts it"
 
 
 def is_by_hand(body: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Where the gateway listens: claimed before anything else, and written down for others to find.
 
-Ports that are 0 are taken free and kept over restarts in `gateway.json` of the data directory.
+Ports that are 0 are taken free and kept over restarts in `gateway.json` of the data directory, with the addresses of
+the gateway that was started last. The first that was taken is kept: a second gateway leaves it to the first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
 from orchestrator.settings import Settings
@@ -42,9 +42,9 @@ def listen(settings: Settings) -> Listeners:
     machine, UnavailableError if the data directory cannot be written.
     """
     kept = addresses(settings.data_dir)
-    gateway = _listen("", settings.host, settings.port, kept.get("url", ""))
+    gateway = _listen("", settings.host, settings.port, kept.get("port", ""))
     try:
-        health = _listen("health_", settings.health_host, settings.health_port, kept.get("health_url", ""))
+        health = _listen("health_", settings.health_host, settings.health_port, kept.get("health_port", ""))
     except BaseException:
         gateway.close()
         raise
@@ -55,9 +55,13 @@ def listen(settings: Settings) -> Listeners:
         health_url=_url(settings.health_host, health),
     )
     draft = settings.data_dir / f"{STATE}.tmp"
+    state = {"url": found.url, "health_url": found.health_url}
+    for name, port, listener in (("port", settings.port, gateway), ("health_port", settings.health_port, health)):
+        if name in kept or not port:
+            state[name] = kept.get(name) or str(listener.getsockname()[1])
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"url": found.url, "health_url": found.health_url}))
+        draft.write_text(json.dumps(state))
         draft.replace(settings.data_dir / STATE)
     except OSError as exc:
         found.close()
@@ -69,7 +73,10 @@ def listen(settings: Settings) -> Listeners:
 
 
 def addresses(data_dir: Path) -> dict[str, str]:
-    """Return `url` and `health_url` of the gateway of a data directory, running or not; empty if it never had one."""
+    """Return `url` and `health_url` of the gateway of a data directory, running or not; empty if it never had one.
+
+    And `port` and `health_port`, as text, if they were taken free.
+    """
     try:
         state = json.loads((data_dir / STATE).read_text())
     except (OSError, ValueError):
@@ -79,7 +86,7 @@ def addresses(data_dir: Path) -> dict[str, str]:
 
 def _listen(which: str, host: str, port: int, kept: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    tries = [port] if port else [_port(kept), 0]
+    tries = [port] if port else [int(kept) if kept.isdigit() and int(kept) < 65536 else 0, 0]
     for number in tries:
         try:
             return socket.create_server((host, number), family=family, backlog=_BACKLOG)
@@ -94,13 +101,6 @@ def _listen(which: str, host: str, port: int, kept: str) -> socket.socket:
                 f"cannot listen on {host} port {port}: {exc.strerror}; set {which}host and {which}port to others"
             ) from exc
     raise AssertionError  # port 0 is always tried
-
-
-def _port(url: str) -> int:
-    try:
-        return urlsplit(url).port or 0
-    except ValueError:
-        return 0
 
 
 def _url(host: str, listener: socket.socket) -> str:

@@ -250,7 +250,9 @@ def test_a_run_that_has_ended_starts_those_that_follow_it(place: Place, at_work:
     assert (first["state"], first["output"], first["error"]["message"]) == ("failed", None, "bad item 13")
     resume(place.engine, run)
     assert followed(run, 2)["episode"] == 2
-    told = place.engine.events.get(f"{run}.2")
+    ended = Event(id=f"{run}.2", source="orchestrator:runs", type="-", time="")
+    wait_until(lambda: place.engine.events.seen(ended), "it is written down")
+    told = place.engine.events.get(ended.id)
     assert told["event"][CAUSATION] == bad.id
     assert told["event"][HOPS] == 1
     assert list(told["verdicts"]) == ["after"]
