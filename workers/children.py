@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,25 @@ class _Child(Worker):  # type: ignore[misc]  # celery has no types
 
         for number in _STOPS:
             signal.signal(number, on_stop)
+        hold, go_on = partial(_mask, signal.SIG_BLOCK), partial(_mask, signal.SIG_UNBLOCK)
+        os.register_at_fork(before=hold, after_in_parent=go_on, after_in_child=_end_as_others_do)
         super().on_loop_start(pid)
+
+
+def _mask(how: int) -> None:
+    signal.pthread_sigmask(how, _STOPS)
+
+
+def _end_as_others_do() -> None:
+    """Let what a step has forked be ended by a signal at once, also by one that came while it was forked.
+
+    A handler of Python's runs between two of its instructions, and forgets in a fork what it was told: who waits in C
+    for a lock that nobody releases, as the workers of a multiprocessing.Pool do that is being terminated, would never
+    come to it.
+    """
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    _mask(signal.SIG_UNBLOCK)
 
 
 def pool_of(slots: Slots, out_of_memory: OutOfMemory) -> type[Any]:

@@ -152,10 +152,18 @@ def give_up(engine: Engine, work: Work, identity: Identity, reason: str) -> None
     _publish(engine, work.run, rows)
 
 
+#: Held by a thread that publishes, and by one that forks. What celery and kombu make when it is first asked for they
+#: make under locks of their classes, and a child that is forked meanwhile has such a lock held for ever: it would hang
+#: when it publishes first.
+_forking = threading.RLock()
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
+
+
 def _publish(engine: Engine, run: str, units: Sequence[str]) -> None:
     if not units:
         return
     try:
-        engine.publish(run, units)
+        with _forking:
+            engine.publish(run, units)
     except OrchestratorError as exc:
         log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.chaos.workload import TRIGGERED
 from tests.conftest import ROOT, environment
 
@@ -15,7 +17,7 @@ from tests.conftest import ROOT, environment
 def _chaos(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.chaos", *arguments, "--json", str(report)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1100)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1700)
     print(done.stdout)  # the figures, and how to repeat it
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     body: dict[str, Any] = json.loads(report.read_text())
@@ -31,6 +33,7 @@ def test_everything_ends_although_anything_is_killed(tmp_path: Path) -> None:
     assert set(TRIGGERED) <= report["runs"].keys()
 
 
+@pytest.mark.timeout(1800)
 def test_a_kill_at_each_named_point_is_repaired(tmp_path: Path) -> None:
     report = _chaos(tmp_path, "points", "--parallel", "4")
     assert all(point["ok"] for point in report["points"])
