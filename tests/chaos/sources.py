@@ -24,6 +24,7 @@ from orchestrator.cli.addresses import addresses
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.ledger import keys
 from orchestrator.runs import run_id
+from orchestrator.subscriptions import OnQueue, queue_source
 from tests.acceptance.proxy import Proxy
 from tests.chaos.processes import Role, System
 from tests.chaos.workload import BUCKET, EVENT_TYPE, KINDS, NOTIFICATIONS, POLLED_BUCKET, TOLD, Expected
@@ -179,7 +180,8 @@ class Sources:
 
     def _queue(self, kind: str, number: int) -> Expected:
         sent = self._sqs.send_message(QueueUrl=self._queues[kind], MessageBody=json.dumps({"x": number}))
-        return Expected(run_id(kind, f"orchestrator:queue/{kind}", sent["MessageId"]), KINDS[kind], {"x": number})
+        source = queue_source(OnQueue(**(KINDS[kind].on or {})["queue"]))
+        return Expected(run_id(kind, source, sent["MessageId"]), KINDS[kind], {"x": number})
 
     def _push(self, kind: str, number: int) -> Expected:
         until = time.monotonic() + _INSIST_S
