@@ -27,6 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
+# The settings of whoever runs the tests are not those of the tests.
+for _name in [name for name in os.environ if name.startswith("ORCHESTRATOR_")]:
+    del os.environ[_name]
+
 
 def wait_until(predicate: Callable[[], Any], description: str, timeout_s: float = 30.0) -> Any:
     """Wait until `predicate` gives something true and return it; fail with the description otherwise."""

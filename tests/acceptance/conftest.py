@@ -139,7 +139,7 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     if is_missing():
         why = "rabbitmq-server is not installed: apt-get install rabbitmq-server"
         if is_required():
-            pytest.fail(f"{why}; CI and ORCHESTRATOR_REQUIRE_RABBITMQ do not let these tests be skipped")
+            pytest.fail(f"{why}; CI and REQUIRE_RABBITMQ do not let these tests be skipped")
         pytest.skip(f"NOTHING WAS TESTED ON RABBITMQ: {why}")
     running = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
     try:

@@ -26,7 +26,7 @@ def is_missing() -> bool:
 
 def is_required() -> bool:
     """Tell whether tests on RabbitMQ must run here, and not be skipped."""
-    return any(os.environ.get(name, "") not in ("", "0") for name in ("CI", "ORCHESTRATOR_REQUIRE_RABBITMQ"))
+    return any(os.environ.get(name, "") not in ("", "0") for name in ("CI", "REQUIRE_RABBITMQ"))
 
 
 class RabbitMQ:
