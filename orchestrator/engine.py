@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,14 +25,20 @@ from orchestrator.eventlog import EventLog
 from orchestrator.events import CAUSATION, HOPS, PRIORITY, RUN_EVENTS, RUNS_SOURCE, Event
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.ledger import connect
+from orchestrator.ledger.pools import PoolRecords
 from orchestrator.payloads import FileBlobs, Payloads
 from orchestrator.plan import Plan
 from orchestrator.runs import RunState, child_run_id, rfc3339
 from orchestrator.settings import Settings, mask_url
 from orchestrator.subscriptions import schedule_source
+from orchestrator.telemetry import get_logger
+
+log = get_logger(__name__)
 
 #: Rows of the outbox that begin so are chores (ledger/keys.py), and not to be published.
 CHORES = "!^"
+#: The autoscaler is woken this often at most by one process for one pool.
+_RING_S = 1.0
 #: The id of a run is on the list of those in flight before the run is there: for no longer than this.
 _STARTING_MS = 600_000
 
@@ -55,6 +61,8 @@ class Engine:
         self.events = EventLog(self.ledger, self.payloads, settings)
         self.bus = EventBus(self.app)
         self.counters = Counters(self.ledger)
+        self.pools = PoolRecords(self.ledger)
+        self._rung: dict[str, float] = {}
         self.plan = lru_cache(maxsize=256)(self.ledger.plan)
 
     def close(self) -> None:
@@ -117,6 +125,19 @@ class Engine:
                 f"the broker at {mask_url(self.settings.broker_url)} cannot be used ({exc}); "
                 "start it, or set broker_url"
             ) from exc
+        self._ring({plan.pool(unit.partition("/")[0]) for unit in units})
+
+    def _ring(self, pools: Iterable[str]) -> None:
+        """Wake the autoscaler for pools to which something was published, if this process has not just done so."""
+        now = time.monotonic()
+        quiet = [pool for pool in pools if now - self._rung.get(pool, -_RING_S) >= _RING_S]
+        if not quiet:
+            return
+        self._rung.update(dict.fromkeys(quiet, now))
+        try:
+            self.pools.ring(quiet)
+        except UnavailableError as exc:  # it looks by itself, a little later
+            log.info("autoscaler_not_woken", pools=quiet, error=str(exc))
 
     def start(
         self,

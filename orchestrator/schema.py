@@ -11,6 +11,7 @@ from orchestrator import workflows
 from orchestrator.errors import nearest as nearest
 from orchestrator.errors import one_of, shorten
 from orchestrator.on_schema import KINDS, OnEntry, on_model
+from orchestrator.pools import PoolKind, PoolSettings
 from orchestrator.retries import MOST_ATTEMPTS, Jitter, RetryPolicy, read_policy
 from orchestrator.shapes import DURATION_SCHEMA, SIZE_SCHEMA, Model, Timeout, parse_size
 from orchestrator.workflows import DEFAULT_POOL, Param
@@ -18,6 +19,7 @@ from orchestrator.workflows import DEFAULT_POOL, Param
 Place = tuple[str, ...]
 
 _LEAST_MEMORY, _MOST_MEMORY = 10**6, 10**15
+_MOST_PROCESSES, _MOST_CONCURRENCY, _MOST_CORES = 100_000, 1_000, 10_000
 
 
 def parse_memory(value: str | int) -> int:
@@ -70,6 +72,7 @@ _Retry = Annotated[
     ),
 ]
 _Memory = Annotated[int | None, PlainValidator(parse_memory), WithJsonSchema(SIZE_SCHEMA)]
+_Cores = Annotated[float | None, Field(gt=0, le=_MOST_CORES)]
 _Sleep = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})]
 _Until = Annotated[Any, WithJsonSchema({"type": "string"})]
 _Foreach = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array"}, {"type": "string"}]})]
@@ -87,6 +90,61 @@ class Defaults(Model):
     def build(self) -> workflows.Defaults:
         """Return the domain's form of it."""
         return workflows.Defaults(retry=self.retry, timeout_s=self.timeout, memory=self.memory)
+
+
+class Target(Model):
+    """What a pool aims at."""
+
+    start_within: Timeout = None
+
+
+def _target(value: object) -> object:
+    """Turn the short form `target = "5s"` into the long one."""
+    return {"start_within": value} if isinstance(value, str | int | float) else value
+
+
+class Pool(Model):
+    """`[pools.NAME]` of orchestrator.toml."""
+
+    min: int | None = Field(default=None, ge=0, le=_MOST_PROCESSES)
+    max: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
+    concurrency: int | None = Field(default=None, ge=1, le=_MOST_CONCURRENCY)
+    kind: Literal["prefork", "threads"] = "prefork"
+    memory: _Memory = None
+    cpu: _Cores = None
+    gpu: int = Field(default=0, ge=0)
+    max_tasks_per_process: int | None = Field(default=None, ge=1)
+    idle_after: Timeout = None
+    target: Annotated[Target | None, BeforeValidator(_target)] = None
+
+    def faults(self) -> list[tuple[str, str]]:
+        """Return (key, message) for each contradiction."""
+        found = []
+        pool = self.build()
+        if pool.minimum > pool.maximum:
+            what = "" if self.max is not None else f" (which is {'concurrency' if self.concurrency else 'the cores'})"
+            found.append(("min", f"{pool.minimum} is above max {pool.maximum}{what}"))
+        if pool.kind is PoolKind.THREADS and self.max_tasks_per_process is not None:
+            found.append(("max_tasks_per_process", "belongs to a pool of kind prefork: threads have no process to end"))
+        return found
+
+    def build(self) -> PoolSettings:
+        """Return the domain's form of it. A pool of which only one bound is given has that for both."""
+        given = {
+            "maximum": self.max or self.concurrency,
+            "concurrency": self.concurrency,
+            "idle_after_s": self.idle_after,
+            "start_within_s": None if self.target is None else self.target.start_within,
+            "minimum": self.min,
+        }
+        return PoolSettings(
+            kind=PoolKind(self.kind),
+            memory=self.memory,
+            cpu=self.cpu,
+            gpu=self.gpu,
+            max_tasks_per_process=self.max_tasks_per_process,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
 
 
 class Step(Model):
@@ -241,6 +299,9 @@ def _shape_message(place: Place, error: ErrorDetails) -> str:
         return one_of(context["expected"].split("'")[1::2], error["input"])
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound, word = (context["ge"], "least") if kind == "greater_than_equal" else (context["le"], "most")
+        return f"must be at {word} {bound:g}, not {kind_of(error['input'])}"
     if kind == "greater_than":
         return f"must be more than {context['gt']:g}, not {kind_of(error['input'])}"
     return str(context["error"]) if kind == "value_error" else error["msg"]
@@ -249,6 +310,8 @@ def _shape_message(place: Place, error: ErrorDetails) -> str:
 def _known_keys(place: Place) -> list[str]:
     model: type[BaseModel] = File
     if place:
-        models: dict[str, type[BaseModel]] = {"params": Param, "defaults": Defaults}
+        models: dict[str, type[BaseModel]] = {"params": Param, "defaults": Defaults, "pools": Pool}
         model = on_model(place) if place[0] == "on" else models.get(place[0], Step)
+        if place[0] == "pools" and place[2:] == ("target",):
+            model = Target
     return [field.alias or name for name, field in model.model_fields.items()]

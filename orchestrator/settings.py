@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator import schema
 from orchestrator.errors import SettingsError, unknown
+from orchestrator.pools import PoolSettings as PoolSettings
 from orchestrator.workflows import DEFAULT_POOL, Defaults
 
 FILE_NAME = "orchestrator.toml"
@@ -29,14 +30,8 @@ _AMQP = ("amqp", "amqps")
 
 _SECTIONS = ("settings", "pools", "secrets", "defaults")
 _DSN = re.compile(r"(env:.+|file:.+|https?://[^/@\s]+@[^/@\s]+(/[^/@\s]+)*/\d+|)\Z")
+_Model = TypeVar("_Model", bound=BaseModel)
 _POOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSettings:
-    """`[pools.NAME]`: one worker process with this many children takes the steps of the pool."""
-
-    concurrency: int = field(default_factory=lambda: os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,14 +176,14 @@ class Settings:
         """Return a copy with some settings changed."""
         return replace(self, **changes)
 
-    def concurrency(self, pool: str) -> int:
-        """Return how many children the worker of a pool has."""
-        return self.pools.get(pool, PoolSettings()).concurrency
+    def pool(self, name: str) -> PoolSettings:
+        """Return the settings of a pool; one that is not declared has all at its default."""
+        return self.pools.get(name, PoolSettings())
 
     @property
-    def declared_pools(self) -> frozenset[str] | None:
+    def declared_pools(self) -> Mapping[str, PoolSettings] | None:
         """The pools that a step may name; None when none is declared, and then any name is a pool."""
-        return frozenset({DEFAULT_POOL, *self.pools}) if self.pools else None
+        return {DEFAULT_POOL: PoolSettings(), **self.pools} if self.pools else None
 
 
 def _scheme(url: str) -> str:
@@ -269,7 +264,7 @@ def _set(
         problems.append(f"{place}: must be {what}, not {value!r}")
 
 
-def _pools(table: Any, problems: list[str]) -> dict[str, PoolSettings]:
+def _pools(table: dict[str, Any], problems: list[str]) -> dict[str, PoolSettings]:
     pools = {}
     for name, entry in table.items():
         if not _POOL_NAME.match(name):
@@ -277,14 +272,10 @@ def _pools(table: Any, problems: list[str]) -> dict[str, PoolSettings]:
         if not isinstance(entry, dict):
             problems.append(f"{FILE_NAME}: pools.{name}: must be a table, as in [pools.{name}]")
             continue
-        for key in entry:
-            if key != "concurrency":
-                problems.append(f"{FILE_NAME}: pools.{name}.{key}: {unknown('key', key, ['concurrency'])}")
-        size = entry.get("concurrency", PoolSettings().concurrency)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            problems.append(f"{FILE_NAME}: pools.{name}.concurrency: must be a whole number from 1, not {size!r}")
-            continue
-        pools[name] = PoolSettings(concurrency=size)
+        pool = _model(schema.Pool, entry, ("pools", name), problems)
+        if pool is not None:
+            problems += [f"{FILE_NAME}: pools.{name}.{key}: {message}" for key, message in pool.faults()]
+            pools[name] = pool.build()
     return pools
 
 
@@ -299,10 +290,16 @@ def _secrets(table: Any, problems: list[str]) -> dict[str, str]:
 
 
 def _defaults(table: dict[str, Any], problems: list[str]) -> Defaults:
+    defaults = _model(schema.Defaults, table, ("defaults",), problems)
+    return Defaults() if defaults is None else defaults.build()
+
+
+def _model(model: type[_Model], table: dict[str, Any], place: tuple[str, ...], problems: list[str]) -> _Model | None:
+    """Read a table as a model says; None if there are problems."""
     try:
-        return schema.Defaults.model_validate(table).build()
+        return model.model_validate(table)
     except ValidationError as exc:
         for error in exc.errors(include_url=False):
-            for place, message in schema.shape_faults(("defaults", *map(str, error["loc"])), error):
-                problems.append(f"{FILE_NAME}: {'.'.join(place)}: {message}")
-        return Defaults()
+            for where, message in schema.shape_faults((*place, *map(str, error["loc"])), error):
+                problems.append(f"{FILE_NAME}: {'.'.join(where)}: {message}")
+        return None

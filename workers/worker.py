@@ -43,7 +43,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         raise DefinitionError(project.faults)
     # Celery warns of root because of pickle; nothing here is ever unpickled.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    size = concurrency or settings.concurrency(pool)
+    size = concurrency or settings.pool(pool).concurrency
     slots = Slots(size)
     try:
         app = make_app(settings, pool=pool)

@@ -326,7 +326,7 @@ class Up:
         say(f"gateway   {at['url']} (health {at['health_url']})")
         for part in self._workers:
             pool = part.name.split(" ", 1)[1]
-            say(f"worker    pool {pool}, {settings.concurrency(pool)} at a time")
+            say(f"worker    pool {pool}, {settings.pool(pool).concurrency} at a time")
         found = listened_to(
             read_definitions(settings.data_dir)[0], at["url"], datetime.now(UTC), self._paused_schedules()
         )

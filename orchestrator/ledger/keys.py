@@ -90,6 +90,22 @@ SCHEDULES = f"{PREFIX}:schedules"
 PAUSED_SCHEDULES = f"{PREFIX}:schedules:paused"
 #: Backfill's id -> what it is and how far it has come, as JSON (schedules.py); permanent, gone a week after its end.
 BACKFILLS = f"{PREFIX}:backfills"
+#: Worker's name -> its last report, as JSON (pools.py), and -> how many processes it is to have; permanent, a row for
+#: each worker that there is.
+WORKERS = f"{PREFIX}:workers"
+TARGETS = f"{PREFIX}:workers:targets"
+#: Pool -> what the autoscaler saw and decided last, as JSON (pools.py); permanent.
+POOLS = f"{PREFIX}:pools"
+#: Pool -> its size as set by hand; permanent.
+PINS = f"{PREFIX}:pools:pinned"
+#: "pool|place" -> why its workers do not start there; permanent, empty as long as they do.
+POOL_FAULTS = f"{PREFIX}:pools:faults"
+#: Pools to which something was published, for the autoscaler; a list; permanent, bounded.
+WAKE = f"{PREFIX}:pools:wake"
+#: Says that somebody monitors; TTL of some seconds.
+MONITORED = f"{PREFIX}:monitored"
+#: Version of what is in force here; who is of another one does not start; permanent.
+VERSION = f"{PREFIX}:version"
 #: Written to see whether the server takes writes; gone at once.
 PROBE = f"{PREFIX}:probe"
 
@@ -102,7 +118,7 @@ def leader_key(role: str) -> str:
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
     RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
-    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS,
+    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS, WORKERS, TARGETS, POOLS, PINS, POOL_FAULTS, WAKE, VERSION,
     f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
 )  # fmt: skip
 

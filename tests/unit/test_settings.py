@@ -57,7 +57,7 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
         ("[settings]\nbroker_url = 'amqp://x'", "broker_url is set but ledger_url is not"),
         ("[settings]\nbroker_url = 'rabbit:hunter2@h'", "broker_url must be a redis:// or an amqp:// URL"),
         ("[settings]\nblobs_url = 'ftp://x'", "blobs_url must be a file:// URL"),
-        ("[pools.a]\nconcurrency = 0", "pools.a.concurrency: must be a whole number from 1, not 0"),
+        ("[pools.a]\nconcurrency = 0", "pools.a.concurrency: must be at least 1, not 0"),
         ("[pools.a]\nsize = 1", "pools.a.size: unknown key 'size'"),
         ("[pools]\na = 1", "pools.a: must be a table"),
         ("settings = 3", "settings: must be a table, as in [settings]"),

@@ -1,0 +1,124 @@
+"""What is known of pools: the reports of their workers, what the autoscaler has decided, and who rings for it.
+
+All of it is a hint: losing it costs the time until it is said again. No verb blocks but for the server, except `wait`.
+Raises UnavailableError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+from orchestrator.ledger import keys
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.pools import PoolState, WorkerReport
+
+#: So many wake-ups are kept for an autoscaler that is away; it looks at every pool when it comes.
+_MOST_RINGS = 256
+#: Monitors that have said for so long nothing more are gone.
+MONITORED_MS = 15_000
+
+
+class PoolRecords:
+    """The verbs on them."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._client = ledger.client
+
+    # Workers
+
+    def report(self, report: WorkerReport) -> tuple[int | None, bool]:
+        """Say how a worker is; answers its target, None while no autoscaler leads, and whether somebody monitors."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hset(keys.WORKERS, report.worker, json.dumps(report.to_json()))
+            pipe.exists(keys.leader_key("autoscaler"))
+            pipe.hget(keys.TARGETS, report.worker)
+            pipe.exists(keys.MONITORED)
+            _, is_led, target, is_monitored = self._ledger.guard(pipe.execute)
+        return int(target) if is_led and target is not None else None, bool(is_monitored)
+
+    def withdraw(self, workers: Iterable[str]) -> None:
+        """Forget workers that are gone; idempotent."""
+        gone = list(workers)
+        if gone:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.hdel(keys.WORKERS, *gone)
+                pipe.hdel(keys.TARGETS, *gone)
+                self._ledger.guard(pipe.execute)
+
+    def reports(self) -> list[WorkerReport]:
+        """Return the last report of each worker, by name; some may be of workers that are gone."""
+        rows = self._ledger.guard(lambda: self._client.hgetall(keys.WORKERS))
+        return [WorkerReport.from_json(json.loads(rows[worker])) for worker in sorted(rows)]
+
+    # The autoscaler
+
+    def decide(self, states: Iterable[PoolState], targets: Mapping[str, int]) -> None:
+        """Keep what was seen and decided of pools, and the targets of all workers."""
+        rows = {state.pool: json.dumps(state.to_json()) for state in states}
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.delete(keys.POOLS, keys.TARGETS)
+            if rows:
+                pipe.hset(keys.POOLS, mapping=rows)
+            if targets:
+                pipe.hset(keys.TARGETS, mapping={worker: str(size) for worker, size in targets.items()})
+            self._ledger.guard(pipe.execute)
+
+    def states(self) -> dict[str, PoolState]:
+        """Return what the autoscaler said last of each pool; it may be gone (`at_ms` tells)."""
+        rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOLS))
+        return {pool: PoolState.from_json(json.loads(rows[pool])) for pool in sorted(rows)}
+
+    def pin(self, pool: str, size: int | None) -> None:
+        """Set the size of a pool by hand; None lets the autoscaler decide again. Idempotent."""
+        if size is None:
+            self._ledger.guard(lambda: self._client.hdel(keys.PINS, pool))
+        else:
+            self._ledger.guard(lambda: self._client.hset(keys.PINS, pool, size))
+        self.ring([pool])
+
+    def pins(self) -> dict[str, int]:
+        """Return the sizes that were set by hand, by pool."""
+        return {pool: int(size) for pool, size in self._ledger.guard(lambda: self._client.hgetall(keys.PINS)).items()}
+
+    # Who rings for it
+
+    def ring(self, pools: Iterable[str]) -> None:
+        """Have the autoscaler look at pools at once; one that sleeps is woken."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.lpush(keys.WAKE, *pools)
+            pipe.ltrim(keys.WAKE, 0, _MOST_RINGS - 1)
+            self._ledger.guard(pipe.execute)
+
+    def wait(self, timeout_s: float) -> set[str]:
+        """Wait until somebody rings, or until the timeout; answers the pools that were rung for."""
+        first = self._ledger.guard(lambda: self._client.brpop([keys.WAKE], timeout=timeout_s))
+        if first is None:
+            return set()
+        more = self._ledger.guard(lambda: self._client.lpop(keys.WAKE, _MOST_RINGS)) or []
+        return {first[1], *more}
+
+    # Faults at the start of workers, which then cannot report
+
+    def note_fault(self, pool: str, place: str, fault: str) -> None:
+        """Say why workers of a pool do not start in a place (a launcher's name); empty: they do. Idempotent."""
+        field = f"{pool}|{place}"
+        if fault:
+            self._ledger.guard(lambda: self._client.hset(keys.POOL_FAULTS, field, fault))
+        else:
+            self._ledger.guard(lambda: self._client.hdel(keys.POOL_FAULTS, field))
+
+    def faults(self) -> dict[str, list[str]]:
+        """Return what keeps workers from starting, by pool."""
+        found: dict[str, list[str]] = {}
+        rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOL_FAULTS))
+        for field in sorted(rows):
+            found.setdefault(field.partition("|")[0], []).append(rows[field])
+        return found
+
+    # Monitors
+
+    def monitor(self) -> None:
+        """Say that somebody monitors: for MONITORED_MS workers send events of what they do."""
+        self._ledger.guard(lambda: self._client.set(keys.MONITORED, "1", px=MONITORED_MS))
