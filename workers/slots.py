@@ -193,7 +193,7 @@ class Slots:
         _NUMBER.pack_into(self._memory, _HEADER + slot * _SLOT + _LEAVING_AT, pid)
 
     def forget_message(self, slot: int) -> None:
-        """Note that nobody has a message in this slot: its child has ended. The time that it took is kept."""
+        """Note that nobody has a message in this slot any more, done or not. The time that it took is kept."""
         base = _HEADER + slot * _SLOT
         (since,) = _SINCE.unpack_from(self._memory, base + _SINCE_AT)
         if since:
