@@ -45,6 +45,21 @@ def load(settings: Settings, *, with_secrets: bool = True) -> Project:
     )
 
 
+def for_role(role: str, project: Path | None, data_dir: Path | None, **flags: Any) -> Settings:
+    """Return the settings of a process of its own, whose servers are there and whose version is the one in force."""
+    from orchestrator.ledger import Ledger
+    from orchestrator.ledger.ledger import connect
+    from orchestrator.releases import check_release
+
+    settings = with_servers(settings_of(project, data_dir, **flags))
+    ledger = Ledger(connect(settings.ledger_url))
+    try:
+        check_release(ledger, role)
+    finally:
+        ledger.client.close()
+    return settings
+
+
 def with_servers(settings: Settings) -> Settings:
     """Fill in the URLs of the embedded server of a data directory, where no others are set.
 

@@ -17,6 +17,7 @@ from orchestrator.cli.access import (
     LimitOption,
     ProjectOption,
     engine_of,
+    for_role,
     load,
     read_json,
     settings_of,
@@ -196,7 +197,7 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     """Run the triggers, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
+    return Control(for_role("trigger", project, data_dir), roles=["trigger"]).run()
 
 
 @app.command()
@@ -206,7 +207,7 @@ def gateway(
     """Run the gateway: webhooks, the API, health and metrics, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), roles=["gateway"]).run()
+    return Control(for_role("gateway", project, data_dir, host=host, port=port), roles=["gateway"]).run()
 
 
 @app.command()
@@ -214,7 +215,7 @@ def beat(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
     """Run the beat, which emits what schedules ask for, in production; one of several leads."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), roles=["beat"]).run()
+    return Control(for_role("beat", project, data_dir), roles=["beat"]).run()
 
 
 @app.command()
@@ -230,7 +231,7 @@ def worker(
     from workers.worker import run_worker
 
     configure_logging(role="worker", pool=pool)
-    settings = with_servers(settings_of(project, data_dir))
+    settings = for_role("worker", project, data_dir)
     return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
 
 

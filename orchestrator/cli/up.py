@@ -34,6 +34,7 @@ from orchestrator.errors import AlreadyRunningError, DefinitionError, Orchestrat
 from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
 from orchestrator.plan import Plan
+from orchestrator.releases import announce_release
 from orchestrator.settings import Settings, mask_url
 from orchestrator.tokens import Tokens, check_exposure
 
@@ -218,6 +219,7 @@ class Up:
         ledger = Ledger(connect(with_servers(self._settings).ledger_url))
         try:
             check_exposure(self._settings, Tokens(ledger))
+            announce_release(ledger)
         finally:
             ledger.client.close()
         listen(self._settings).close()
