@@ -21,6 +21,7 @@ from orchestrator.cli.access import (
     load,
     read_json,
     settings_of,
+    warnings_of,
     with_servers,
 )
 from orchestrator.cli.audit import audit
@@ -73,12 +74,16 @@ def validate(project: ProjectOption = None, as_json: JsonOption = False) -> int:
     """Check every definition; print every fault as file:line: field: what is wrong. Exit code 1 if there is one."""
     settings = settings_of(project)
     loaded = load(settings)
+    warnings = [] if loaded.faults else warnings_of(settings, loaded)
     if as_json:
         faults = [{"file": f.file, "line": f.line, "field": f.field, "message": f.message} for f in loaded.faults]
-        print_json({"ok": not faults, "faults": faults, "workflows": sorted(loaded.workflows)})
+        names = sorted(loaded.workflows)
+        print_json({"ok": not faults, "faults": faults, "warnings": warnings, "workflows": names})
         return 1 if faults else 0
     for fault in loaded.faults:
         print(fault)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not loaded.faults:
         print(f"{len(loaded.workflows)} workflow(s), no faults: {', '.join(sorted(loaded.workflows))}")
     return 1 if loaded.faults else 0
