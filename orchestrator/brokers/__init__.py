@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis
@@ -11,12 +12,20 @@ from celery import Celery
 
 from orchestrator.brokers.claims import Claims, parse
 from orchestrator.canvas import QUEUED_AT
-from orchestrator.celery_app import broker_errors
+from orchestrator.celery_app import PRIORITIES, broker_errors, queue_name
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger.ledger import connect, unavailable
 from orchestrator.settings import Settings, mask_url
 
 _Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for a pool: how many messages, and for how long the one that has waited longest; None: not known."""
+
+    backlog: int = 0
+    oldest_age_s: float | None = None
 
 
 class Broker:
@@ -43,6 +52,18 @@ class Broker:
         None if there is none, if it does not say, or if the broker shows nobody a message before it is taken.
         """
         return [None] * len(queues)
+
+    def waiting(self, pools: Sequence[str], now_ms: int) -> dict[str, Waiting]:
+        """Answer what waits for each of `pools`, in its queues of all priorities."""
+        queues = [queue_name(pool, priority) for pool in pools for priority in PRIORITIES]
+        depths, since = self.depths(queues), self.queued_at(queues)
+        found = {}
+        for n, pool in enumerate(pools):
+            span = slice(n * len(PRIORITIES), (n + 1) * len(PRIORITIES))
+            oldest = min((at for at in since[span] if at is not None), default=None)
+            age_s = None if oldest is None else max(0.0, (now_ms - oldest) / 1000)
+            found[pool] = Waiting(sum(depths[span]), age_s)
+        return found
 
     def close(self) -> None:
         """Close connections."""

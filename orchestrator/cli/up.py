@@ -1,12 +1,12 @@
 """`orchestrator up`: everything on this machine, as processes that are started, watched, restarted and stopped here.
 
     up ── valkey-server                the embedded server (unless broker_url is set)
-       ├─ orchestrator control         dispatcher, rescuer, triggers, gateway
-       └─ orchestrator worker POOL     for each pool that is used: one, which starts processes when there is work, and more
-                                       if the autoscaler wants them; new ones for each generation of the code
+       ├─ orchestrator control         dispatcher, rescuer, triggers, gateway, autoscaler
+       └─ orchestrator worker POOL     one for each pool that is used, without processes until there is work; more if
+                                       the autoscaler wants them, and new ones for each generation of the code
 
-The autoscaler is in the control process and tells what it wants through the ledger. The parts share nothing but the servers and the data
-directory; any of them may be killed at any time.
+The autoscaler tells what it wants through the ledger. The parts share nothing but the servers and the data directory;
+any of them may be killed at any time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import IO
 
 import redis
 
-from orchestrator.cli.access import cli_command, load, with_servers
+from orchestrator.cli.access import load, warnings_of, with_servers
 from orchestrator.cli.addresses import addresses, listen
 from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
+from orchestrator.cli.launching import part_command, process_launcher
 from orchestrator.cli.listening import listened_to
 from orchestrator.cli.output import say
 from orchestrator.embedded import EmbeddedServer
@@ -33,11 +34,11 @@ from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
 from orchestrator.ledger.pools import PoolRecords
 from orchestrator.plan import Plan
+from orchestrator.releases import announce_release
 from orchestrator.settings import Settings, mask_url
 from orchestrator.tokens import Tokens, check_exposure
 from workers.launchers import FaultNotes, Launched
 from workers.launchers.parts import Part, wait_for
-from workers.launchers.process import ProcessLauncher
 
 _POLL_S = 0.2
 _SERVER_START_S = 30.0
@@ -57,7 +58,7 @@ class Up:
         self._server: Part | None = None
         self._server_lock: IO[str] | None = None
         self._control: Part | None = None
-        self._workers = ProcessLauncher(self._worker_command, grace_s=settings.grace_s, say=say)
+        self._workers = process_launcher(settings)
         self._launched: list[Launched] = []
         self._records: PoolRecords | None = None
         self._ask_at = 0.0
@@ -79,12 +80,13 @@ class Up:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
+            for warning in warnings_of(self._settings, project):
+                say(f"warning: {warning}")
             write_definitions(self._settings.data_dir, project)
             self._start_server()
             self._claim_addresses()
-            place = ("--data-dir", str(self._settings.data_dir))
             address = ("--host", self._settings.host, "--port", str(self._settings.port))
-            self._control = self._role("control", "control", *place, *address)
+            self._control = Part("control", part_command(self._settings, "control", *address))
             self._control.start()
             ledger = Ledger(connect(with_servers(self._settings).ledger_url, timeout_s=_ASK_TIMEOUT_S))
             self._records = PoolRecords(ledger)
@@ -143,10 +145,6 @@ class Up:
 
     # The parts
 
-    def _role(self, name: str, *arguments: str) -> Part:
-        ours = ("--up-pid", str(os.getpid()), "--project", str(self._settings.project))
-        return Part(name, cli_command(*arguments, *ours))
-
     def _start_server(self) -> None:
         if not self._settings.is_embedded:
             self._check_external()
@@ -179,6 +177,7 @@ class Up:
         ledger = Ledger(connect(with_servers(self._settings).ledger_url))
         try:
             check_exposure(self._settings, Tokens(ledger))
+            announce_release(ledger)
         finally:
             ledger.client.close()
         listen(self._settings).close()
@@ -201,10 +200,6 @@ class Up:
                 ) from exc
         finally:
             engine.close()
-
-    def _worker_command(self, pool: str, words: int) -> list[str]:
-        place = ("--pool", pool, "--words-fd", str(words), "--data-dir", str(self._settings.data_dir))
-        return self._role("worker", "worker", *place).command
 
     def _follow_definitions(self) -> None:
         """Have workers of the code's generation for each pool; those of an older one finish what they have."""

@@ -94,6 +94,11 @@ class PoolRecords:
         latest = max((state.at_ms for state in states.values()), default=0)
         return states if seconds * 1000 + micros // 1000 - latest < AUTOSCALER_GONE_MS else None
 
+    def targets(self) -> dict[str, int]:
+        """Return how many processes each worker was last told to have."""
+        rows = self._ledger.guard(lambda: self._client.hgetall(keys.TARGETS))
+        return {worker: int(target) for worker, target in rows.items()}
+
     def memories(self) -> dict[str, Any]:
         """Return what the autoscaler remembers of each pool."""
         rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOL_MEMORIES))

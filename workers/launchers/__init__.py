@@ -6,12 +6,12 @@
 What holds for each (tests/contract/test_launchers.py):
 
 - `scale` returns at once and may be called as often as one likes: it says what is to be, not what is to be done.
-- A worker that is to go *drains*: it takes nothing new, finishes the steps that it has, however long they take, and then
-  is gone. Where a platform would end it sooner (a grace period), it is for its launcher to see that this does not happen.
-- A worker that dies unasked is started again, after a pause that grows as long as it dies young; until it has lived for
-  a while it is `failed`, and says why.
+- A worker that is to go *drains*: it takes nothing new, finishes the steps that it has, however long they take, and is
+  gone then. Where a platform would end it sooner (a grace period) its launcher sees to it that this does not happen.
+- A worker that dies unasked is started again, after a pause that grows as long as it dies young; until it has lived
+  for a while it is `failed`, and says why. Of a pool with such a worker no more are started.
 - A launcher knows its workers by the names under which they report (pools.worker_name), where it can.
-- What a launcher has started outlives neither `close`, nor its process if that is killed, if they share a machine.
+- What shares a machine with its launcher outlives neither `close` nor the launcher, should that be killed.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class Launcher(ABC):
     @abstractmethod
     def scale(self, pool: str, count: int, leave: Sequence[str] = ()) -> None:
         """Have `count` workers of a pool; of those too many the ones named in `leave` go first."""
+
+    @abstractmethod
+    def renew(self, generation: str) -> None:
+        """Say which generation of the user's code is the current one; returns at once. Others drain as it starts."""
 
     @abstractmethod
     def look(self) -> list[Launched]:

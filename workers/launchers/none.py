@@ -1,4 +1,4 @@
-"""The launcher of who has workers started by somebody else: Compose, systemd, a person. It only hears what is wanted."""
+"""The launcher where somebody else starts workers: Compose, systemd, a person. It only hears what is wanted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ class NoLauncher(Launcher):
     place = "none"
 
     def scale(self, pool: str, count: int, leave: Sequence[str] = ()) -> None:
+        return
+
+    def renew(self, generation: str) -> None:
         return
 
     def look(self) -> list[Launched]:

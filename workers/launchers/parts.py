@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from orchestrator.errors import one_line
+from orchestrator.errors import OrchestratorError, one_line
 
 #: Pause before a part that died is started again: the first, doubled each time that it dies young, and the longest.
 _BACKOFF_S = (0.2, 10.0)
@@ -119,6 +120,19 @@ def make_words() -> IO[bytes]:
     if hasattr(os, "memfd_create"):  # no disk is needed, which may be full
         return os.fdopen(os.memfd_create("last-words"), "w+b")
     return tempfile.TemporaryFile()
+
+
+@contextmanager
+def leave_words(number: int | None) -> Iterator[None]:
+    """Have what ends this block said to whoever holds the file with that number, if there is one; and raise it."""
+    try:
+        yield
+    except Exception as exc:
+        if number is not None:
+            with suppress(OSError):
+                text = str(exc) if isinstance(exc, OrchestratorError) else f"{type(exc).__name__}: {exc}"
+                os.write(number, text.encode(errors="replace")[:4000])
+        raise
 
 
 def last_words(words: IO[bytes] | None) -> str:

@@ -44,7 +44,6 @@ class ProcessLauncher(Launcher):
         return {pool for pool, count in self._wanted.items() if count}
 
     def renew(self, generation: str) -> None:
-        """Say which generation of the code is the current one; as many workers as there were start with it."""
         if generation != self._generation:
             self._generation = generation
             for pool, count in self._wanted.items():
