@@ -23,6 +23,7 @@ from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
+from orchestrator.ledger.pools import PoolRecords
 from orchestrator.workflows import DEFAULT_POOL
 
 #: A server that takes longer is away.
@@ -46,6 +47,18 @@ _HISTOGRAMS = {
         "From publishing a message of steps to its first step's begin.",
     ),
     "step_seconds": ("orchestrator_step_duration_seconds", "How long attempts of steps and items took."),
+}
+
+
+#: What the autoscaler says of a pool -> (name, what it says).
+_POOL_GAUGES = {
+    "size": ("orchestrator_pool_size", "Processes that a pool has."),
+    "busy": ("orchestrator_pool_busy", "Processes of a pool that are at work."),
+    "workers": ("orchestrator_pool_workers", "Workers of a pool, each with some processes or none."),
+    "desired": ("orchestrator_pool_desired", "Processes that a pool is to have."),
+    "backlog": ("orchestrator_pool_backlog", "Messages that wait for a pool, as the autoscaler has seen it."),
+    "oldest_age_s": ("orchestrator_pool_oldest_age_seconds", "For how long the oldest of them has waited."),
+    "faults": ("orchestrator_pool_faults", "What keeps workers of a pool from starting or working."),
 }
 
 
@@ -96,6 +109,7 @@ class Metrics:
             yield GaugeMetricFamily("orchestrator_runs_in_flight", "Runs that have not ended.", value=in_flight)
             yield GaugeMetricFamily("orchestrator_dead_letters", "Dead letters on the list.", value=dead_letters)
             yield GaugeMetricFamily("orchestrator_set_aside", "Messages that are to become them.", value=set_aside)
+            yield from self._pools()
         rows: dict[str, list[tuple[dict[str, str], float]]] = {}
         for text, value in counts.items():
             name, labels = read_field(text)
@@ -111,6 +125,22 @@ class Metrics:
         yield GaugeMetricFamily("orchestrator_broker_up", "Whether the broker answers.", value=depths is not None)
         if depths is not None:
             yield from _waiting(depths[0], dict(zip(names.values(), depths[1:], strict=True)))
+
+    def _pools(self) -> Iterator[Metric]:
+        """What is known of pools; nothing if no autoscaler has said it of late."""
+        try:
+            states = PoolRecords(self._ledger).current_states()
+        except UnavailableError:
+            return
+        yield GaugeMetricFamily(
+            "orchestrator_autoscaler_up", "Whether an autoscaler has reported of late.", value=states is not None
+        )
+        for name, (title, about) in _POOL_GAUGES.items():
+            family = GaugeMetricFamily(title, about, labels=("pool",))
+            for pool, state in (states or {}).items():
+                value = len(state.faults) if name == "faults" else getattr(state, name)
+                family.add_metric([pool], value or 0)  # the oldest of none has not waited
+            yield family
 
 
 def _waiting(bus: int, depths: Mapping[tuple[str, str], int]) -> Iterator[Metric]:

@@ -15,6 +15,9 @@ from orchestrator.runs import rfc3339
 MAXIMUM = 100_000
 _TIMEOUT_S = 2.0
 
+#: What lists answer.
+Rows = list[dict[str, Any]]
+
 
 class Sizes:
     """The pools on the servers of an engine."""
@@ -23,15 +26,16 @@ class Sizes:
         self._engine = engine
         self._broker = broker_of(engine.settings, engine.app, timeout_s=_TIMEOUT_S)
 
-    def list(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def list(self) -> tuple[Rows, dict[str, Any]]:
         """Return all pools by name, and of the autoscaler since when it is silent. Raises UnavailableError."""
         engine = self._engine
         states, reports, faults = engine.pools.states(), engine.pools.reports(), engine.pools.faults()
         pins, now_ms = engine.pools.pins(), engine.ledger.now_ms()
-        used = engine.pools_in_use()
-        names = sorted({DEFAULT_POOL, *engine.settings.pools, *states, *(one.pool for one in reports), *used})
         said_ms = max((state.at_ms for state in states.values()), default=0)
         fault = _silence(said_ms, now_ms)
+        # An autoscaler that is alive has looked itself.
+        used = engine.pools_in_use() if fault else set()
+        names = sorted({DEFAULT_POOL, *engine.settings.pools, *states, *(one.pool for one in reports), *used})
         try:
             waiting = self._broker.waiting(names, now_ms)
         except UnavailableError:
@@ -50,6 +54,12 @@ class Sizes:
         ]
         autoscaler = {"reported_at": rfc3339(said_ms) if said_ms else None, "fault": fault}
         return shown, autoscaler
+
+    def page(self, limit: int, after: str | None = None) -> tuple[Rows, str | None, dict[str, Any]]:
+        """Return up to `limit` of the list, those after a cursor; the cursor of the next page; and as `list`."""
+        pools, autoscaler = self.list()
+        rows = [row for row in pools if after is None or row["name"] > after]
+        return rows[:limit], rows[limit - 1]["name"] if len(rows) > limit else None, autoscaler
 
     def show(self, name: str) -> dict[str, Any]:
         """Return a pool with its workers. Raises NotFoundError."""

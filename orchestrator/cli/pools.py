@@ -6,7 +6,15 @@ from typing import Any
 
 import typer
 
-from orchestrator.cli.access import DataDirOption, JsonOption, ProjectOption, engine_of, settings_of
+from orchestrator.cli.access import (
+    AfterOption,
+    DataDirOption,
+    JsonOption,
+    LimitOption,
+    ProjectOption,
+    engine_of,
+    settings_of,
+)
 from orchestrator.cli.output import print_json, print_table
 from orchestrator.errors import InputError
 
@@ -14,14 +22,20 @@ app = typer.Typer(help="Look at pools, and set their sizes by hand.", no_args_is
 
 
 @app.command("list")
-def pools_list(project: ProjectOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+def pools_list(
+    limit: LimitOption = 1000,
+    after: AfterOption = None,
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """List pools: their size, what waits for them, and what the autoscaler decided last and why."""
     from orchestrator.sizes import Sizes
 
     with engine_of(settings_of(project, data_dir)) as engine:
-        pools, autoscaler = Sizes(engine).list()
+        pools, following, autoscaler = Sizes(engine).page(limit, after)
     if as_json:
-        print_json({"items": pools, "next": None, "autoscaler": autoscaler})
+        print_json({"items": pools, "next": following, "autoscaler": autoscaler})
         return
     _print(pools)
     if autoscaler["fault"]:
