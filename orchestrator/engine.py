@@ -20,7 +20,7 @@ from orchestrator.bus import EventBus
 from orchestrator.celery_app import PRIORITIES, broker_errors, make_app
 from orchestrator.counters import Counters, field
 from orchestrator.deadletters import DeadLetters
-from orchestrator.errors import UnavailableError
+from orchestrator.errors import NotFoundError, UnavailableError
 from orchestrator.eventlog import EventLog
 from orchestrator.events import CAUSATION, HOPS, PRIORITY, RUN_EVENTS, RUNS_SOURCE, Event
 from orchestrator.ledger import Ledger
@@ -126,6 +126,17 @@ class Engine:
                 "start it, or set broker_url"
             ) from exc
         self._ring({plan.pool(unit.partition("/")[0]) for unit in units})
+
+    def pools_in_use(self) -> set[str]:
+        """Return the pools for which workflows in force, or runs in flight, have steps. Raises UnavailableError."""
+        plans = {str(row["plan"]) for row in self.ledger.workflows().values()} | self.ledger.plans_in_flight()
+        found: set[str] = set()
+        for plan in plans:
+            try:
+                found |= self.plan(plan).pools
+            except NotFoundError:
+                continue  # the rescuer ends its runs
+        return found
 
     def _ring(self, pools: Iterable[str]) -> None:
         """Wake the autoscaler for pools to which something was published, if this process has not just done so."""

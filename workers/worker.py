@@ -18,6 +18,7 @@ from celery.exceptions import SecurityWarning
 from orchestrator.celery_app import PRIORITIES, make_app, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, UnavailableError
+from orchestrator.pools import worker_name
 from orchestrator.project import load_project
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
@@ -47,7 +48,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
     slots = Slots(size)
     try:
         app = make_app(settings, pool=pool)
-        identity = Identity(f"{pool}@{socket.gethostname()}:{os.getpid()}", project.code_hash)
+        identity = Identity(worker_name(pool, socket.gethostname(), os.getpid()), project.code_hash)
         task = StepTask()
         app.register_task(task)
         _prepare_children(app, settings, task, identity, pool=pool, slots=slots)

@@ -302,3 +302,34 @@ class Backfill(BaseModel):
 class BackfillsCancelled(BaseModel):
     schedule: str
     cancelled: int
+
+
+class Pool(BaseModel):
+    name: str
+    size: int = Field(description="Processes that there are.")
+    busy: int
+    workers: int
+    backlog: int = Field(description="Messages that wait.")
+    oldest_age_s: float | None = Field(description="For how long the oldest has; null: none, or the broker cannot say.")
+    arrival_rate: float | None = Field(description="Messages a second that come.")
+    service_rate: float | None = Field(description="Messages a second that are done.")
+    service_s: float | None = Field(description="What one takes; half of them take less.")
+    clears_in_s: float | None = Field(description="When nothing will wait any more; null: not in sight.")
+    desired: int | None = Field(description="Processes that there are to be, as the autoscaler has decided last.")
+    desired_workers: int | None
+    pinned: int | None = Field(description="The size that was set by hand.")
+    why: str
+    decided_at: str | None = Field(description="Since when it is to have this size.")
+    reported_at: str | None = Field(description="When the autoscaler looked last.")
+    faults: list[str]
+    members: list[dict[str, Any]] | None = Field(default=None, description="Its workers.")
+
+
+class AutoscalerSeen(BaseModel):
+    reported_at: str | None
+    fault: str = Field(description="Since when it is silent; empty: it is not.")
+
+
+class Pools(Page):
+    items: list[Pool]
+    autoscaler: AutoscalerSeen

@@ -29,6 +29,7 @@ from orchestrator.cli.costs import costs
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.pools import app as pools
 from orchestrator.cli.schedules import app as schedules
 from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe, one_of
@@ -58,6 +59,7 @@ app.add_typer(tokens, name="tokens")
 app.command()(audit)
 app.command()(costs)
 app.add_typer(schedules, name="schedules")
+app.add_typer(pools, name="pools")
 
 
 # Definitions
@@ -186,7 +188,7 @@ def control(
     host: HostOption = None,
     port: PortOption = None,
 ) -> int:
-    """Run dispatcher, rescuer, triggers and gateway in one process, as a part of `up`."""
+    """Run dispatcher, rescuer, triggers, gateway and autoscaler in one process, as a part of `up`."""
     from orchestrator.cli.control import Control
 
     return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), up_pid=up_pid).run()
@@ -233,14 +235,34 @@ def worker(
     pool: Annotated[str, typer.Option(help="The pool whose steps it takes.")] = "default",
     concurrency: Annotated[int | None, typer.Option(min=1, help="How many steps at a time.")] = None,
     up_pid: UpPidOption = 0,
+    words_fd: Annotated[int | None, typer.Option("--words-fd", hidden=True)] = None,
 ) -> int:
     """Run a worker of one pool, in production."""
     from orchestrator.telemetry import configure_logging
-    from workers.worker import run_worker
+    from workers.launchers.parts import leave_words
 
-    configure_logging(role="worker", pool=pool)
-    settings = for_role("worker", project, data_dir)
-    return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
+    with leave_words(words_fd):
+        from workers.worker import run_worker
+
+        configure_logging(role="worker", pool=pool)
+        settings = for_role("worker", project, data_dir)
+        return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
+
+
+@app.command()
+def autoscaler(
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    launcher: Annotated[
+        str, typer.Option(help="What starts workers: none (somebody else does), or process (they are processes here).")
+    ] = "none",
+) -> int:
+    """Run the autoscaler, which says how large pools are to be, in production; one of several leads."""
+    from orchestrator.cli.control import Control
+    from orchestrator.cli.launching import launcher_of
+
+    settings = for_role("autoscaler", project, data_dir)
+    return Control(settings, roles=["autoscaler"], launcher=launcher_of(launcher, settings)).run()
 
 
 @app.command()

@@ -100,6 +100,8 @@ WORKERS = f"{PREFIX}:workers"
 TARGETS = f"{PREFIX}:workers:targets"
 #: Pool -> what the autoscaler saw and decided last, as JSON (pools.py); permanent.
 POOLS = f"{PREFIX}:pools"
+#: Pool -> what the autoscaler remembers of it, as JSON (workers/pools.py); permanent.
+POOL_MEMORIES = f"{PREFIX}:pools:memories"
 #: Pool -> its size as set by hand; permanent.
 PINS = f"{PREFIX}:pools:pinned"
 #: "pool|place" -> why its workers do not start there; permanent, empty as long as they do.
@@ -122,8 +124,8 @@ def leader_key(role: str) -> str:
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
     RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
-    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS, WORKERS, TARGETS, POOLS, PINS, POOL_FAULTS, WAKE, VERSION,
-    f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
+    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS, WORKERS, TARGETS, POOLS, POOL_MEMORIES, PINS, POOL_FAULTS,
+    WAKE, VERSION, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
 )  # fmt: skip
 
 
