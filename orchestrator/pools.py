@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
+#: The pool of steps that name none.
+DEFAULT_POOL = "default"
 #: Upper bounds, in seconds, of the buckets in which a worker counts how long messages took it: 1 ms to 2.3 hours.
 MESSAGE_BOUNDS = tuple(0.001 * 2**k for k in range(24))
 #: A worker that has not reported for this long is gone.
@@ -74,6 +76,16 @@ class Resources:
         """Read what `to_json` wrote."""
         return cls(**body)
 
+    def __str__(self) -> str:
+        """Say them as a definition does."""
+        given = {"memory": size_text(self.memory or 0), "cpu": f"{self.cpu or 0:g}", "gpu": self.gpu}
+        return ", ".join(f"{name}: {given[name]}" for name in self.to_json()) or "nothing"
+
+
+def size_text(size: float) -> str:
+    """Say a number of bytes as a definition does: 512MB, 1.5GB."""
+    return f"{size / 10**9:g}GB" if size >= 10**9 else f"{size / 10**6:g}MB"
+
 
 def smallest_fitting(resources: Resources, pools: Mapping[str, PoolSettings]) -> str | None:
     """Return the name of the smallest pool that fits: with the fewest GPUs, then the least memory, then cores."""
@@ -81,6 +93,16 @@ def smallest_fitting(resources: Resources, pools: Mapping[str, PoolSettings]) ->
         (pool.gpu, pool.memory or 0, pool.cpu or 1, name) for name, pool in pools.items() if resources.fits(pool)
     ]
     return min(fitting)[-1] if fitting else None
+
+
+def pools_to_json(pools: Mapping[str, PoolSettings]) -> dict[str, Any]:
+    """Return pools as plain JSON."""
+    return {name: asdict(pool) for name, pool in pools.items()}
+
+
+def pools_from_json(body: Mapping[str, Any]) -> dict[str, PoolSettings]:
+    """Read what `pools_to_json` wrote."""
+    return {name: PoolSettings(**(pool | {"kind": PoolKind(pool["kind"])})) for name, pool in body.items()}
 
 
 class _Record:

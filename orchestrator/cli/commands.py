@@ -17,9 +17,11 @@ from orchestrator.cli.access import (
     LimitOption,
     ProjectOption,
     engine_of,
+    for_role,
     load,
     read_json,
     settings_of,
+    warnings_of,
     with_servers,
 )
 from orchestrator.cli.audit import audit
@@ -72,12 +74,16 @@ def validate(project: ProjectOption = None, as_json: JsonOption = False) -> int:
     """Check every definition; print every fault as file:line: field: what is wrong. Exit code 1 if there is one."""
     settings = settings_of(project)
     loaded = load(settings)
+    warnings = [] if loaded.faults else warnings_of(settings, loaded)
     if as_json:
         faults = [{"file": f.file, "line": f.line, "field": f.field, "message": f.message} for f in loaded.faults]
-        print_json({"ok": not faults, "faults": faults, "workflows": sorted(loaded.workflows)})
+        names = sorted(loaded.workflows)
+        print_json({"ok": not faults, "faults": faults, "warnings": warnings, "workflows": names})
         return 1 if faults else 0
     for fault in loaded.faults:
         print(fault)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not loaded.faults:
         print(f"{len(loaded.workflows)} workflow(s), no faults: {', '.join(sorted(loaded.workflows))}")
     return 1 if loaded.faults else 0
@@ -196,7 +202,7 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     """Run the triggers, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
+    return Control(for_role("trigger", project, data_dir), roles=["trigger"]).run()
 
 
 @app.command()
@@ -206,7 +212,7 @@ def gateway(
     """Run the gateway: webhooks, the API, health and metrics, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), roles=["gateway"]).run()
+    return Control(for_role("gateway", project, data_dir, host=host, port=port), roles=["gateway"]).run()
 
 
 @app.command()
@@ -214,7 +220,7 @@ def beat(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
     """Run the beat, which emits what schedules ask for, in production; one of several leads."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), roles=["beat"]).run()
+    return Control(for_role("beat", project, data_dir), roles=["beat"]).run()
 
 
 @app.command()
@@ -230,7 +236,7 @@ def worker(
     from workers.worker import run_worker
 
     configure_logging(role="worker", pool=pool)
-    settings = with_servers(settings_of(project, data_dir))
+    settings = for_role("worker", project, data_dir)
     return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
 
 

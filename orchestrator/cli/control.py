@@ -25,6 +25,7 @@ from orchestrator.keeper import Keeper
 from orchestrator.leading import LeadingService
 from orchestrator.ledger import keys
 from orchestrator.project import code_files, definition_files
+from orchestrator.releases import announce_release
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import on_to_json
@@ -164,6 +165,8 @@ class Control:
                 raise DefinitionError(project.faults)
             workflows = list(project.workflows.values())
         teller = threading.Thread(target=self._tell_ends, name="teller", daemon=True)
+        if self._dispatches:
+            self._announce()
         try:
             self._apply(workflows)
             for part in self._parts:
@@ -184,6 +187,16 @@ class Control:
                 teller.join(timeout=5)
             self._engine.close()
         return 0
+
+    def _announce(self) -> None:
+        """Put our version in force; a ledger that is away is waited for, as everything here does."""
+        while not self._stop.is_set():
+            try:
+                announce_release(self._engine.ledger)
+                return
+            except UnavailableError as exc:
+                log.warning("version_waits", error=str(exc))
+                self._stop.wait(1.0)
 
     def _apply(self, workflows: list[Workflow]) -> None:
         if not self._dispatches:

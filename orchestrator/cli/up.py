@@ -24,7 +24,7 @@ from typing import IO
 
 import redis
 
-from orchestrator.cli.access import cli_command, load, with_servers
+from orchestrator.cli.access import cli_command, load, warnings_of, with_servers
 from orchestrator.cli.addresses import addresses, listen
 from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
 from orchestrator.cli.listening import listened_to
@@ -34,6 +34,7 @@ from orchestrator.errors import AlreadyRunningError, DefinitionError, Orchestrat
 from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
 from orchestrator.plan import Plan
+from orchestrator.releases import announce_release
 from orchestrator.settings import Settings, mask_url
 from orchestrator.tokens import Tokens, check_exposure
 
@@ -119,6 +120,8 @@ class Up:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
+            for warning in warnings_of(self._settings, project):
+                say(f"warning: {warning}")
             write_definitions(self._settings.data_dir, project)
             self._start_server()
             self._claim_addresses()
@@ -218,6 +221,7 @@ class Up:
         ledger = Ledger(connect(with_servers(self._settings).ledger_url))
         try:
             check_exposure(self._settings, Tokens(ledger))
+            announce_release(ledger)
         finally:
             ledger.client.close()
         listen(self._settings).close()
