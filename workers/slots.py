@@ -101,6 +101,15 @@ class Slots:
         """Tell the children to begin nothing further."""
         self._memory[0] = 1
 
+    @property
+    def is_monitored(self) -> bool:
+        """Whether somebody watches what the children do (task_events.py)."""
+        return self._memory[1] == 1
+
+    @is_monitored.setter
+    def is_monitored(self, value: bool) -> None:
+        self._memory[1] = value
+
     # What the child writes
 
     def write(
