@@ -19,6 +19,8 @@ DEFAULT_POOL = "default"
 MESSAGE_BOUNDS = tuple(0.001 * 2**k for k in range(24))
 #: A worker that has not reported for this long is gone.
 WORKER_GONE_MS = 10_000
+#: An autoscaler that has decided nothing for this long is gone; another one takes over much sooner, if there is one.
+AUTOSCALER_GONE_MS = 10_000
 #: Target of a worker that is to take nothing at all, not even a message that would wake it.
 STANDBY = -1
 
@@ -93,6 +95,11 @@ def smallest_fitting(resources: Resources, pools: Mapping[str, PoolSettings]) ->
         (pool.gpu, pool.memory or 0, pool.cpu or 1, name) for name, pool in pools.items() if resources.fits(pool)
     ]
     return min(fitting)[-1] if fitting else None
+
+
+def worker_name(pool: str, host: str, pid: int) -> str:
+    """Return the name of a worker: under it it reports, and a launcher on its machine knows it."""
+    return f"{pool}@{host}:{pid}"
 
 
 def pools_to_json(pools: Mapping[str, PoolSettings]) -> dict[str, Any]:
@@ -179,6 +186,10 @@ class PoolState(_Record):
     desired_workers: int = 0
     why: str = ""
     decided_ms: int = 0
+    #: Workers that are to go first when there are more than `desired_workers`.
+    leave: Sequence[str] = ()
+    #: Whether a workflow in force, or a run in flight, has steps for it.
+    is_used: bool = True
     #: A size that somebody has set by hand; None: the autoscaler decides.
     pinned: int | None = None
     #: What keeps workers of the pool from starting or working, in one line each.

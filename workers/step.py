@@ -54,6 +54,8 @@ from workers.memory import limited
 from workers.outcome import of_error
 from workers.slots import Slots
 from workers.surroundings import restored
+from workers.task_events import StepEvents, Told
+from workers.usage import Meter
 
 log = get_logger(__name__)
 
@@ -132,7 +134,16 @@ class Identity:
 class StepRunner:
     """Runs what messages bring, in one process (or thread) of a worker."""
 
-    def __init__(self, engine: Engine, identity: Identity, *, pool: str, slots: Slots | None, slot: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        identity: Identity,
+        *,
+        pool: str,
+        slots: Slots | None,
+        slot: int,
+        events: StepEvents | None = None,
+    ) -> None:
         self._engine = engine
         self._ledger = engine.ledger
         self._payloads = engine.payloads
@@ -141,12 +152,14 @@ class StepRunner:
         self._slots = slots
         self._slot = slot
         self._interrupts = None if slots is None else Interrupts(slots, slot)
+        self._events = events
         self._record = identity.record(os.getpid())
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
         self._steps, self._most_steps = 0, engine.settings.pool(pool).max_tasks_per_process
         self._flusher = Flusher()
+        self._meter = Meter()
         #: Of the ledger, as seen by this process.
         self.outage = Outage(log, "step")
 
@@ -190,7 +203,10 @@ class StepRunner:
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
                 self._count()
-                answer = self._run(info, taken, names, inputs, links)
+                # A link that goes on from another one was ready that moment; items wait for those before them.
+                has_waited = links == 1 or taken.index >= 0
+                queued_s = time.time() - queued_ms / 1000 if queued_ms is not None and has_waited else 0.0
+                answer = self._run(info, taken, names, inputs, links, queued_s)
             is_done = True
         finally:
             if self._slots is not None:
@@ -336,8 +352,10 @@ class StepRunner:
             names["secrets"] = _Secrets(self._settings.secrets, captured)
         return names
 
-    def _run(self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int) -> Answer:
-        """Run what was taken and record how it ended; answers what comes next.
+    def _run(
+        self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int, queued_s: float
+    ) -> Answer:
+        """Run what was taken, which has waited for queued_s, and record how it ended; answers what comes next.
 
         `names` is filled from `inputs` for the first item of a part, and stays for the others.
         """
@@ -350,6 +368,7 @@ class StepRunner:
             step=taken.slot, attempt=taken.attempt, pool=self._pool,
         ):  # fmt: skip
             try:
+                self._meter.start(queued_s)
                 return self._attempt(info, taken, step, captured, names, inputs, links)
             except UnavailableError:
                 raise
@@ -371,8 +390,10 @@ class StepRunner:
         inputs: list[Any],
         links: int,
     ) -> Answer:
-        state, payload, tail, delay_ms, since = "succeeded", "", "", 0, time.monotonic()
+        state, payload, tail, delay_ms = "succeeded", "", "", 0
         arguments: dict[str, Any] = {}
+        error: StepError | None = None
+        told = None if self._events is None else self._events.begin(info.id, info.plan.workflow.name, taken)
         try:
             if taken.losses >= self._settings.maximum_losses:
                 raise WorkerLostError(self._ledger.losses(info.id, taken.slot)[-1]["reason"], taken.losses)
@@ -382,7 +403,9 @@ class StepRunner:
                 names["item"], names["index"] = self._item(info, taken), taken.index
             if step.is_fan_out and taken.index < 0:
                 if self._is_wanted(info, step, names, captured, per_item=False):
-                    return self._expand(info, taken, step, names, captured, links)
+                    count, answer = self._expand(info, taken, step, names, captured, links)
+                    self._tell_end(told, "succeeded", answer, result=f"{count} items")
+                    return answer
                 state = "skipped"
             elif not self._is_wanted(info, step, names, captured, per_item=step.is_fan_out):
                 state = "skipped"
@@ -408,23 +431,37 @@ class StepRunner:
                 state = "cancelled"
             elif isinstance(exc, TaskNotFoundError) and left_ms > 0:
                 state, delay_ms = "postponed", min(_DEPLOY_LOOK_MS, left_ms)
+                error = StepError(type="TaskNotFoundError", message=str(exc))
                 log.warning("task_not_found", error=str(exc), gives_up_in_s=left_ms // 1000)
             else:
                 error = describe_error(exc, self._settings.project, captured.mask)
                 outcome = of_error(error, step, taken.tries, exc)
                 state, tail, delay_ms = outcome.state, outcome.tail + input_of(arguments, captured), outcome.delay_ms
                 log.info("step_failed", error=error.type, state=state)
+        usage = self._meter.stop()
+        tail += usage.tail()
         answer = self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(), delay_ms=delay_ms,
-                how=self._how(info.id, self._known_chunk(info.id)), inline=self._inline(links, taken),
+                usage=usage.totals(), how=self._how(info.id, self._known_chunk(info.id)),
+                inline=self._inline(links, taken),
             )
         )  # fmt: skip
         if state in _COUNTED and answer.verdict == "ok":
-            counters = self._engine.counters
-            counters.add(counter("steps", workflow=info.plan.workflow.name, state=state))
-            counters.observe("step_seconds", time.monotonic() - since, pool=self._pool)
+            counters, workflow = self._engine.counters, info.plan.workflow.name
+            counters.add(counter("steps", workflow=workflow, state=state))
+            counters.observe("step_seconds", usage.wall_s, pool=self._pool)
+            counters.add(counter("cpu_seconds", workflow=workflow, pool=self._pool), usage.cpu_s)
+            counters.add(counter("gb_seconds", workflow=workflow, pool=self._pool), usage.gb_s)
+        self._tell_end(told, state, answer, error=error)
         return answer
+
+    def _tell_end(
+        self, told: Told | None, state: str, answer: Answer, *, error: StepError | None = None, result: str = ""
+    ) -> None:
+        """Tell who watches how an attempt has ended, unless the ledger has not taken it."""
+        if told is not None and self._events is not None and answer.verdict == "ok":
+            self._events.end(told, state, error=error, result=result)
 
     def _evaluate(self, info: _RunInfo, step: Step, template: Any, names: dict[str, Any], captured: Captured) -> Any:
         """Evaluate an expression of a step, which may take for ever as its function may."""
@@ -454,14 +491,14 @@ class StepRunner:
 
     def _expand(
         self, info: _RunInfo, taken: Taken, step: Step, names: dict[str, Any], captured: Captured, links: int
-    ) -> Answer:
+    ) -> tuple[int, Answer]:
         items = self._evaluate(info, step, step.foreach, names, captured)
         if not isinstance(items, list):
             raise ExpressionError(f"foreach must give a list, not {type(items).__name__}")
         ranges = parts(len(items), max_parallel=step.max_parallel)
         key = self._blob(info, taken) + "-items"
         per, chunks = self._insist(partial(self._payloads.pack_items, items, key)) if items else (1, [])
-        return self._insist(
+        return len(items), self._insist(
             lambda: self._ledger.expand(
                 info.id, taken, len(items),
                 size=ranges[0][1] - ranges[0][0] if ranges else 1,
