@@ -358,6 +358,7 @@ class Ledger:
         tail: str = "",
         log: str = "",
         delay_ms: int = 0,
+        usage: Sequence[int] = (),
         how: How,
         inline: str,
     ) -> Answer:
@@ -366,12 +367,13 @@ class Ledger:
         `state`: succeeded, failed, skipped, cancelled, or waiting (for the nested run whose id is `payload`); or, for
         `delay_ms`: retrying (the attempt has failed and another follows), postponed (there was none, and it is taken
         again), sleeping (then it has succeeded). `tail` is JSON members to add to the attempt's record, with a leading
-        comma. `inline` is this worker's pool; empty takes nothing further.
+        comma; `usage` is added to what the step and the run have used: us on the clock, us of processors, MB-ms of
+        memory. `inline` is this worker's pool; empty takes nothing further.
         Verdicts: ok, done (a repeat), refused (somebody took over).
         """
         answer = self._call(
-            run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, delay_ms, *how.argv(),
-            inline,
+            run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, delay_ms,
+            ":".join(map(str, usage)), *how.argv(), inline,
         )  # fmt: skip
         if state in _PUT_OFF and answer[0] == "ok":
             self._expect(run, taken.now_ms + delay_ms)
@@ -434,6 +436,19 @@ class Ledger:
             self._expect(run, 0)  # whoever looks at what is due finds a run that is no longer as it was
         return _answer(answer)
 
+    def cancel_step(self, run: str, slot: str, attempt: int = 0) -> Answer:
+        """Cancel one step, with its items or its nested run, or one item (`step/index`); durable and idempotent.
+
+        What is not at work ends at once, as cancelled, and what is downstream of it as if it had failed; what is at
+        work is told to stop. The rest of the run goes on. With `attempt`, one that is over is left as it is.
+        Verdicts: ok, done (it has ended, or is being cancelled already), unknown (no such run), no_step, no_item,
+        early (a hook, or an item of a fan-out, that is not there yet).
+        """
+        answer = self._call(run, "cancel_step", slot, attempt)
+        if answer[0] == "ok":
+            self._expect(run, 0)  # as in `cancel`
+        return _answer(answer)
+
     def phase_of(self, run: str) -> str:
         """Return the phase that a run is in (main: empty). Raises NotFoundError."""
         state, phase = self.guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "phase"))
@@ -492,6 +507,11 @@ class Ledger:
             pipe.hget(keys.run_key(run, "states"), slot)
             (state, stopping), slot_state = self.guard(pipe.execute)
         return state == "running" and stopping is None and slot_state == "running"
+
+    def state_of(self, run: str, slot: str) -> str:
+        """Return the state of a step or item; what the ledger knows nothing of has not begun."""
+        state = self.guard(lambda: self.client.hget(keys.run_key(run, "states"), slot))
+        return str(state or ("queued" if "/" in slot else "scheduled"))
 
     def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
         """Return which attempt a slot is at: (over all episodes, in this one)."""

@@ -40,6 +40,19 @@ def test_a_timeout_that_is_no_duration_is_one_line(command):
         CliRunner().invoke(app, [*command, "--timeout", "5x"], catch_exceptions=False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["r1", "r2", "--step", "a"], "--step is of one run; give one ID"),
+        (["r1", "--step", "a/x"], "--step must be STEP, or STEP/INDEX with an item's number from 0, not 'a/x'"),
+        (["r1", "--step", "a/"], "not 'a/'"),
+    ],
+)
+def test_a_step_to_cancel_that_is_not_said_clearly_is_one_line(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["runs", "cancel", *arguments, "--project", str(tmp_path)], catch_exceptions=False)
+
+
 def test_a_definition_is_drawn_and_listed_without_the_secrets_that_the_gateway_needs(tmp_path):
     """They are in the gateway's environment, and not in that of everybody who wants to look."""
     write_project(
@@ -103,3 +116,20 @@ def test_a_usage_error_is_one_line(arguments: list[str], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_pool_that_no_step_uses_is_a_warning(tmp_path):
+    """Not a fault: a step may come. `default` is always there."""
+    write_project(
+        tmp_path,
+        {
+            "tasks.py": "def f(): ...\n",
+            "workflows/w.yaml": "workflow: w\nsteps: {f: {task: 'tasks:f', pool: cpu}}\n",
+            "orchestrator.toml": "[pools.default]\n[pools.cpu]\n[pools.gpu]\n",
+        },
+    )
+    where = ["--project", str(tmp_path)]
+    result = CliRunner().invoke(app, ["validate", *where], catch_exceptions=False)
+    assert (result.exit_code, result.stderr) == (0, "warning: orchestrator.toml: pools.gpu: no step uses it\n")
+    result = CliRunner().invoke(app, ["validate", "--json", *where], catch_exceptions=False)
+    assert json.loads(result.stdout)["warnings"] == ["orchestrator.toml: pools.gpu: no step uses it"]
