@@ -417,10 +417,10 @@ def allocate(
 ) -> Allocation:
     """Give the processes that pools are to have to the workers that live (`workers` are those of all pools).
 
-    Who is at work keeps its processes first, then who has some (or was to have, by `before`, the targets of the last
-    time); new ones go to whoever has the fewest. Where a host has too little memory, cores or GPUs for all, pools get
-    equal shares of what they are to have. Processes that are on their way out hold what they have until they are gone.
-    `pools` has the pools of all workers.
+    Who is at work keeps its processes first, then who was to have some (by `before`, the targets of the last time),
+    then who has some; new ones go to whoever has the fewest. Where a host has too little memory, cores or GPUs for
+    all, pools get equal shares of what they are to have. Processes that are on their way out hold what they have until
+    they are gone. `pools` has the pools of all workers.
 
     A worker with target 0 starts a process by itself when a message comes. That is for pools that have none: there,
     up to `max` workers may; where there is one already, or the size was set by hand (`pinned`), the others stand by,
@@ -441,7 +441,7 @@ def allocate(
     for name in given:
         one = staying[name]
         if one.pool in places and one.ceiling > 0:
-            heappush(places[one.pool], (_rank(one, 0, before.get(name, 0)), name))
+            heappush(places[one.pool], (_rank(one, 0, before.get(name)), name))
     held_back: dict[str, str] = {}
     while waiting := [pool for pool in desired if sizes[pool] < desired[pool] and places[pool]]:
         # The pool that has the smallest share of what it is to have is next, so that none takes a host for itself.
@@ -456,7 +456,7 @@ def allocate(
         given[name] += 1
         sizes[pool] += 1
         if given[name] < one.ceiling:
-            heappush(places[pool], (_rank(one, given[name], before.get(name, 0)), name))
+            heappush(places[pool], (_rank(one, given[name], before.get(name)), name))
     for pool, lacks in list(held_back.items()):
         if sizes[pool] < desired[pool]:
             held_back[pool] = f"no room for {_count(desired[pool] - sizes[pool], 'more process')}, each with {lacks}"
@@ -476,14 +476,19 @@ def allocate(
     return Allocation(targets=targets, held_back=held_back)
 
 
-def _rank(worker: WorkerReport, given: int, before: int) -> tuple[int, int, str]:
-    """Tell how well one more process is placed with a worker that was given so many; the least is the best."""
+def _rank(worker: WorkerReport, given: int, before: int | None) -> tuple[int, int, str]:
+    """Tell how well one more process is placed with a worker that was given so many; the least is the best.
+
+    What it was to have goes before what it says that it has: that is older, and to follow it would move processes to
+    and fro for as long as reports are late.
+    """
+    to_have = worker.size if before is None else max(0, before)
     if given < len(worker.in_work):
         return 0, 0, worker.worker
-    if given < worker.size:
+    if given < to_have and (given < worker.size or not worker.fault):
         # The largest keeps its own, so that small ones become empty.
-        return 1, -worker.size, worker.worker
-    if given < before and not worker.fault:
+        return 1, -to_have, worker.worker
+    if given < worker.size:
         return 2, 0, worker.worker
     return (4 if worker.fault else 3), given, worker.worker
 

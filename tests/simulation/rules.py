@@ -16,7 +16,7 @@ TURN_S = 1.0
 #: Who rings has published the first of what may be many: one looks again.
 AGAIN_S = 0.25
 #: A process that a message has woken stays at least so long, whatever was decided before.
-WOKEN_S = 3.0
+WOKEN_S = 5.0
 
 
 class Ours:
@@ -85,8 +85,11 @@ class Ours:
                 self._reports.pop(worker.name, None)
                 return
             self._reports[worker.name] = worker.report(self._pool.now_s)
-            target = self._targets.get(worker.name, 0)
-            if not worker.is_draining:
+            target = self._targets.get(worker.name)
+            if target is None and not worker.is_draining:
+                # It goes by what it sees itself: a process for each message that it can take.
+                self._pool.size(worker, max(worker.size, min(worker.ceiling, len(self._pool.queue))))
+            elif target is not None and not worker.is_draining:
                 worker.wakes = target != STANDBY
                 if target >= worker.size or self._pool.now_s - worker.woken_s > WOKEN_S:
                     self._pool.size(worker, max(0, target))

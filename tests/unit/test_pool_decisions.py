@@ -331,6 +331,12 @@ def test_what_was_decided_is_not_moved_before_it_is_reported() -> None:
     assert share(2, worker("a"), worker("b"), before={"b": 2}) == {"a": STANDBY, "b": 2}
 
 
+def test_reports_that_are_late_move_nothing_to_and_fro() -> None:
+    """Each reports what it had before it was told its target; followed, they would change places each second."""
+    late = [worker("a", ceiling=8, size=8), worker("b", ceiling=8, size=3)]
+    assert share(11, *late, before={"a": 5, "b": 6}) == {"a": 5, "b": 6}
+
+
 def test_no_worker_has_more_than_its_ceiling() -> None:
     assert share(9, worker("a"), worker("b", ceiling=2)) == {"a": 4, "b": 2}
 
@@ -499,10 +505,8 @@ def test_an_allocation_that_was_carried_out_is_left_alone(
     desired, pools, reports, _ = house
     staying = [one for one in reports if not one.is_draining]
     first = allocate(desired, pools, staying)
-    for _ in range(4):  # those that give way to other pools go one after the other
-        staying = [
-            replace(one, size=max(0, first.targets[one.worker]), in_work=one.in_work[: first.targets[one.worker]])
-            for one in staying
-        ]
+    for _ in range(10):  # those that give way to other pools go one after the other
+        sizes = {worker: max(0, target) for worker, target in first.targets.items()}
+        staying = [replace(one, size=sizes[one.worker], in_work=one.in_work[: sizes[one.worker]]) for one in staying]
         last, first = first, allocate(desired, pools, staying, before=first.targets)
     assert first.targets == last.targets

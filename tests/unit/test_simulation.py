@@ -70,6 +70,14 @@ def test_a_pool_under_steady_load_keeps_its_size() -> None:
     assert figures.waits_s[int(0.99 * len(figures.waits_s))] < 1
 
 
+def test_a_pool_of_several_workers_keeps_its_processes() -> None:
+    """While the size that is wanted stays the same, no process is started in place of another."""
+    rng = random.Random(1)
+    load = [(at_s, 1.0) for at_s in poisson(rng, lambda at_s: 15 if at_s < 100 else 8, 15, 400)]
+    figures = simulate(pattern(*load, horizon_s=500))
+    assert figures.starts <= max(wanted_sizes(figures)) + 15
+
+
 def test_a_burst_begins_within_the_target_where_the_maximum_allows() -> None:
     known = [(float(at_s), 0.5) for at_s in range(20)]
     figures = simulate(pattern(*known, *[(100.0, 0.5)] * 300), replace(SETTINGS, maximum=64))
