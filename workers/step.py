@@ -145,13 +145,18 @@ class StepRunner:
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
+        self._steps, self._most_steps = 0, engine.settings.pool(pool).max_tasks_per_process
         self._flusher = Flusher()
         #: Of the ledger, as seen by this process.
         self.outage = Outage(log, "step")
 
     @property
     def is_draining(self) -> bool:
-        """Whether the worker is to stop and nothing further shall be begun."""
+        """Whether nothing further shall be begun: the worker is to stop, or this process is to leave it."""
+        return self._slots is not None and (self._slots.is_draining or self._slots.is_leaving(self._slot, os.getpid()))
+
+    @property
+    def _is_stopping(self) -> bool:
         return self._slots is not None and self._slots.is_draining
 
     def end(self) -> None:
@@ -167,6 +172,9 @@ class StepRunner:
         """
         links = 0
         unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
+        if self._slots is not None:
+            self._slots.begin_message(self._slot)
+        is_done = False
         try:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
@@ -181,10 +189,14 @@ class StepRunner:
                 self._note(run, taken, unit_since)
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
+                self._count()
                 answer = self._run(info, taken, names, inputs, links)
+            is_done = True
         finally:
             if self._slots is not None:
                 self._slots.clear(self._slot)
+                end = self._slots.end_message if is_done else self._slots.forget_message
+                end(self._slot)
         self._publish(run, answer.publish)
         if begun is not None and queued_ms is not None:
             self._engine.counters.observe("queue_seconds", max(0.0, begun - queued_ms / 1000), pool=self._pool)
@@ -194,6 +206,12 @@ class StepRunner:
             )
         elif answer.verdict not in ("ok", "go", "done", "held"):
             log.info("message_dropped", run=run, unit=units[0], verdict=answer.verdict)
+
+    def _count(self) -> None:
+        """Count a step; after the last that this process is to run, it leaves."""
+        self._steps += 1
+        if self._steps == self._most_steps and self._slots is not None:
+            self._slots.spend(self._slot)
 
     def _note(self, run: str, taken: Taken | None = None, unit_since: float = 0.0) -> None:
         """Tell the parent what this process runs, or that it is about to take something in a run."""
@@ -228,7 +246,7 @@ class StepRunner:
             try:
                 done = verb()
             except UnavailableError as exc:
-                if self.is_draining:
+                if self._is_stopping:
                     stop_at = min(stop_at, time.monotonic() + self._settings.grace_s)
                 if self._slots is None or time.monotonic() > stop_at:
                     raise _CannotWaitError(str(exc)) from exc

@@ -24,6 +24,9 @@ from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
 from workers import capture, children
 from workers.consumer import Consumer
+from workers.machine import Machine, gpus_of
+from workers.reporting import Reporting
+from workers.sizing import Sizing
 from workers.slots import Slots
 from workers.step import Identity, StepRunner, StepTask
 from workers.watch import Watch, give_up
@@ -44,23 +47,29 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         raise DefinitionError(project.faults)
     # Celery warns of root because of pickle; nothing here is ever unpickled.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    size = concurrency or settings.pool(pool).concurrency
-    slots = Slots(size)
+    machine, wanted = Machine.look(), settings.pool(pool)
+    ceiling = machine.ceiling(pool, wanted, concurrency, is_declared=pool in settings.pools)
+    slots = Slots(ceiling)
     try:
         app = make_app(settings, pool=pool)
         identity = Identity(worker_name(pool, socket.gethostname(), os.getpid()), project.code_hash)
         task = StepTask()
         app.register_task(task)
-        _prepare_children(app, settings, task, identity, pool=pool, slots=slots)
+        _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus)
         # A connection that has died unseen is not to cost the leases.
         engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
-        watch = Watch(engine, slots, identity, up_pid=up_pid)
+        sizing = Sizing(wanted, ceiling, slots)
+        reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
+        watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid)
         app.steps["worker"].add(_watch_step(watch, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
+        app.conf.worker_autoscaler = sizing.attach
         worker = app.Worker(
             hostname=identity.worker,
             pool=children.pool_of(slots, watch.out_of_memory),
-            concurrency=size,
+            concurrency=ceiling,
+            autoscale=(ceiling, 0),
+            pool_putlocks=False,  # there is a message in work for each process at most: sizing.py sees to it
             queues=[queue_name(pool, priority) for priority in PRIORITIES],
             loglevel="WARNING",
             quiet=True,
@@ -96,14 +105,25 @@ def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
 
 
 def _prepare_children(
-    app: Celery, settings: Settings, task: StepTask, identity: Identity, *, pool: str, slots: Slots
+    app: Celery,
+    settings: Settings,
+    task: StepTask,
+    identity: Identity,
+    *,
+    pool: str,
+    slots: Slots,
+    gpus: tuple[str, ...],
 ) -> None:
+    gpus_each = settings.pool(pool).gpu
+
     def begin(**_: Any) -> None:
         # A step may start processes of its own, which multiprocessing would refuse in a daemon.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.
         logging.getLogger("celery.app.trace").addFilter(lambda record: record.msg != LOG_REJECTED.strip())
         engine, slot = Engine(settings, app=app), int(current_process().index)
+        if gpus_each:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus_of(slot, gpus_each, gpus)
         before = slots.read(slot)
         if before is not None:  # the child whose place this one takes has died in a step
             try:
