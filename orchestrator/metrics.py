@@ -39,6 +39,12 @@ _COUNTERS = {
         ("workflow", "state"),
     ),
     "events": ("orchestrator_events", "Events that were dealt with, by what came of them.", ("verdict",)),
+    "cpu_seconds": ("orchestrator_step_cpu_seconds", "Processor time that attempts have taken.", ("workflow", "pool")),
+    "gb_seconds": (
+        "orchestrator_step_memory_gb_seconds",
+        "Memory that attempts have taken: the peak of the process for as long as the attempt took.",
+        ("workflow", "pool"),
+    ),
     "dead_letters": ("orchestrator_dead_lettered", "Dead letters that have come, by reason.", ("reason",)),
 }
 _HISTOGRAMS = {

@@ -36,8 +36,6 @@ DURATION_HALF_LIFE_S = 120.0
 #: Of `start_within`, this much is reckoned with at least, however long the oldest message has waited: counts are late
 #: by a second or two, and what is nearly done should not look as if it took a hundred processes.
 LEAST_LEFT = 0.25
-#: Who has waited longer than this many times `start_within` has shown that what is known of durations is wrong.
-OVERDUE = 1.5
 #: A worker that has been silent for this long does not come back.
 FORGET_WORKER_S = 120.0
 
@@ -98,8 +96,9 @@ class Memory:
     at_s: float | None = None
     backlog: int = 0
     busy: int = 0
-    #: When nothing waited the last time.
+    #: When nothing waited the last time, and how many have come since.
     clear_s: float | None = None
+    arrived_since_clear: float = 0.0
     #: For each worker, when it was seen and what it had served.
     served: Mapping[str, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
     #: Messages by duration; the older, the less they count.
@@ -162,14 +161,13 @@ def decide(pool: PoolSettings, seen: Observation, memory: Memory) -> tuple[Decis
         desired = seen.pinned
     elif most > need and desired > max(need, pool.minimum):
         ago = _duration(seen.now_s - most_at_s)
-        why = f"{_processes(desired)} needed {ago} ago; {reason}, and fewer stay after {_duration(pool.idle_after_s)}"
+        why = f"{reason}; keeps the {desired} needed {ago} ago until {_duration(pool.idle_after_s)} have passed"
+    elif need > pool.maximum:
+        why = f"{reason}; but max is {pool.maximum}"
+    elif most < pool.minimum:
+        why = f"{reason}; min is {pool.minimum}"
     else:
         why = reason
-    if seen.pinned is None:
-        if most > pool.maximum:
-            why += f"; {most} would be right, max is {pool.maximum}"
-        elif most < pool.minimum:
-            why += f"; min is {pool.minimum}"
     return (
         Decision(
             desired=desired,
@@ -208,7 +206,8 @@ def _remember(seen: Observation, memory: Memory) -> tuple[Memory, bool]:
             at_s=seen.now_s,
             backlog=seen.backlog,
             busy=busy,
-            clear_s=seen.now_s if seen.backlog == 0 else memory.clear_s,
+            clear_s=memory.clear_s if seen.backlog else seen.now_s,
+            arrived_since_clear=memory.arrived_since_clear + arrived if seen.backlog else 0.0,
             served=known,
             durations=tuple(old * half + new for old, new in zip(memory.durations, durations, strict=True)),
             # What leaves the queue is in work a report later, so one moment may look as if less than nothing had come.
@@ -233,7 +232,7 @@ def _need(pool: PoolSettings, seen: Observation, memory: Memory, *, is_active: b
         if not backlog:
             return busy, f"{busy} at work"
         return work, f"{_waiting(backlog, busy)}, and it is not known yet how long they take: one process for each"
-    if backlog and age_s > OVERDUE * pool.start_within_s:
+    if backlog and age_s > pool.start_within_s:
         return work, f"{_waiting(backlog, busy)}, the oldest for {_duration(age_s)}: one process for each"
     left_s = max(LEAST_LEFT * pool.start_within_s, pool.start_within_s - age_s)
     each_s = _held_s(memory.durations, left_s)
@@ -260,16 +259,17 @@ def _oldest_age_s(seen: Observation, memory: Memory) -> float:
     """Return for how long the oldest message has waited, as far as can be told.
 
     Not longer than something has waited at all: publishers' clocks may be wrong, and a message that comes back from a
-    lost worker is as old as ever. Where the broker does not tell, it is as long as what waits took to come.
+    lost worker is as old as ever. Where the broker does not tell, what waits has come last of what has come since
+    nothing waited.
     """
     if not seen.backlog:
         return 0.0
-    told_s = seen.oldest_age_s
-    if told_s is None:
-        rate = _rate(memory.arrived, memory)
-        told_s = seen.backlog / rate if rate else 0.0
-    waited_s = told_s if memory.clear_s is None else seen.now_s - memory.clear_s
-    return max(0.0, min(told_s, waited_s))
+    if memory.clear_s is None:
+        return max(0.0, seen.oldest_age_s or 0.0)
+    waited_s = seen.now_s - memory.clear_s
+    if seen.oldest_age_s is not None:
+        return max(0.0, min(seen.oldest_age_s, waited_s))
+    return waited_s * seen.backlog / max(seen.backlog, memory.arrived_since_clear)
 
 
 def _held_s(durations: Sequence[float], within_s: float) -> float:

@@ -54,6 +54,7 @@ from workers.memory import limited
 from workers.outcome import of_error
 from workers.slots import Slots
 from workers.surroundings import restored
+from workers.usage import Meter
 
 log = get_logger(__name__)
 
@@ -147,6 +148,7 @@ class StepRunner:
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
         self._steps, self._most_steps = 0, engine.settings.pool(pool).max_tasks_per_process
         self._flusher = Flusher()
+        self._meter = Meter()
         #: Of the ledger, as seen by this process.
         self.outage = Outage(log, "step")
 
@@ -189,8 +191,11 @@ class StepRunner:
                 self._note(run, taken, unit_since)
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
+                # A link that goes on from another one was ready that moment; items wait for those before them.
+                has_waited = links == 1 or taken.index >= 0
+                queued_s = time.time() - queued_ms / 1000 if queued_ms is not None and has_waited else 0.0
                 self._count()
-                answer = self._run(info, taken, names, inputs, links)
+                answer = self._run(info, taken, names, inputs, links, queued_s)
             is_done = True
         finally:
             if self._slots is not None:
@@ -336,8 +341,10 @@ class StepRunner:
             names["secrets"] = _Secrets(self._settings.secrets, captured)
         return names
 
-    def _run(self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int) -> Answer:
-        """Run what was taken and record how it ended; answers what comes next.
+    def _run(
+        self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int, queued_s: float
+    ) -> Answer:
+        """Run what was taken, which has waited for queued_s, and record how it ended; answers what comes next.
 
         `names` is filled from `inputs` for the first item of a part, and stays for the others.
         """
@@ -350,6 +357,7 @@ class StepRunner:
             step=taken.slot, attempt=taken.attempt, pool=self._pool,
         ):  # fmt: skip
             try:
+                self._meter.start(queued_s)
                 return self._attempt(info, taken, step, captured, names, inputs, links)
             except UnavailableError:
                 raise
@@ -371,7 +379,7 @@ class StepRunner:
         inputs: list[Any],
         links: int,
     ) -> Answer:
-        state, payload, tail, delay_ms, since = "succeeded", "", "", 0, time.monotonic()
+        state, payload, tail, delay_ms = "succeeded", "", "", 0
         arguments: dict[str, Any] = {}
         try:
             if taken.losses >= self._settings.maximum_losses:
@@ -414,16 +422,21 @@ class StepRunner:
                 outcome = of_error(error, step, taken.tries, exc)
                 state, tail, delay_ms = outcome.state, outcome.tail + input_of(arguments, captured), outcome.delay_ms
                 log.info("step_failed", error=error.type, state=state)
+        usage = self._meter.stop()
+        tail += usage.tail()
         answer = self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(), delay_ms=delay_ms,
-                how=self._how(info.id, self._known_chunk(info.id)), inline=self._inline(links, taken),
+                usage=usage.totals(), how=self._how(info.id, self._known_chunk(info.id)),
+                inline=self._inline(links, taken),
             )
         )  # fmt: skip
         if state in _COUNTED and answer.verdict == "ok":
-            counters = self._engine.counters
-            counters.add(counter("steps", workflow=info.plan.workflow.name, state=state))
-            counters.observe("step_seconds", time.monotonic() - since, pool=self._pool)
+            counters, workflow = self._engine.counters, info.plan.workflow.name
+            counters.add(counter("steps", workflow=workflow, state=state))
+            counters.observe("step_seconds", usage.wall_s, pool=self._pool)
+            counters.add(counter("cpu_seconds", workflow=workflow, pool=self._pool), usage.cpu_s)
+            counters.add(counter("gb_seconds", workflow=workflow, pool=self._pool), usage.gb_s)
         return answer
 
     def _evaluate(self, info: _RunInfo, step: Step, template: Any, names: dict[str, Any], captured: Captured) -> Any:

@@ -17,6 +17,7 @@ from functools import partial
 
 from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
+from orchestrator.health_file import HealthFile
 from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage, get_logger
@@ -51,6 +52,7 @@ class Watch:
         self._identity = identity
         self._reporting = reporting
         self._up_pid = up_pid
+        self._health = HealthFile(engine.settings.health_file)
         self._service = Service("watch", self._loop)
         self._deadlines = Deadlines(engine, slots, identity, partial(_publish, engine))
         self.out_of_memory = children.OutOfMemory()
@@ -76,6 +78,7 @@ class Watch:
 
     def _loop(self, stopping: threading.Event) -> None:
         while not stopping.wait(PERIOD_S):
+            self._health.touch()
             if self._up_pid is not None and os.getppid() != self._up_pid:
                 log.warning("up_is_gone")
                 self._up_pid = None

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from orchestrator.api import audits, deadletters, events, pools, runs, schedules, shapes, workflows
+from orchestrator.api import audits, costs, deadletters, events, pools, runs, schedules, shapes, workflows
 from orchestrator.api.answers import install
 from orchestrator.api.gate import Gate
 from orchestrator.api.place import ROOT, Place
@@ -41,7 +41,7 @@ def make_app(engine: Engine) -> FastAPI:
         separate_input_output_schemas=False,
     )
     app.state.audit = Audit(own.ledger)
-    for part in (runs, events, deadletters, workflows, schedules, pools, audits):
+    for part in (runs, events, deadletters, workflows, schedules, costs, pools, audits):
         app.include_router(part.make_router(place), prefix=ROOT)
     install(app)
     app.add_middleware(Gate, engine=own)

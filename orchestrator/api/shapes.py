@@ -24,6 +24,33 @@ class Error(BaseModel):
     message: str
 
 
+class Usage(BaseModel):
+    wall_s: float
+    cpu_s: float
+    memory: int | None = Field(description="Bytes, at the peak; null: not known.")
+    queued_s: float = Field(description="For how long it waited before.")
+
+
+class Cost(BaseModel):
+    wall_s: float
+    cpu_s: float
+    gb_s: float = Field(description="GB-seconds: the peak of memory for as long as it took.")
+
+
+class TotalCost(Cost):
+    runs: int
+
+
+class WorkflowCost(TotalCost):
+    workflow: str
+
+
+class Costs(BaseModel):
+    since: str
+    items: list[WorkflowCost]
+    total: TotalCost
+
+
 class StepRun(BaseModel):
     id: str
     state: StepRunState
@@ -38,6 +65,8 @@ class StepRun(BaseModel):
     output: Any
     run: str | None = Field(default=None, description="The nested run.")
     due_at: str | None = None
+    usage: Usage | None = Field(description="What the last attempt took.")
+    cost: Cost | None = Field(default=None, description="What all attempts took, of all items; none for an item.")
 
 
 class RunInList(BaseModel):
@@ -55,6 +84,7 @@ class RunInList(BaseModel):
     created_at: str
     started_at: str | None
     finished_at: str | None
+    cost: Cost = Field(description="What all attempts of its steps took; nested runs have their own.")
 
 
 class Run(RunInList):

@@ -25,6 +25,7 @@ from orchestrator.cli.access import (
     with_servers,
 )
 from orchestrator.cli.audit import audit
+from orchestrator.cli.costs import costs
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
@@ -32,6 +33,7 @@ from orchestrator.cli.pools import app as pools
 from orchestrator.cli.schedules import app as schedules
 from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe, one_of
+from orchestrator.pools import size_text
 from orchestrator.workflows import Workflow, unknown
 
 app = typer.Typer(
@@ -55,6 +57,7 @@ app.add_typer(workflows, name="workflows")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(tokens, name="tokens")
 app.command()(audit)
+app.command()(costs)
 app.add_typer(schedules, name="schedules")
 app.add_typer(pools, name="pools")
 
@@ -349,6 +352,9 @@ def _print_steps(steps: Sequence[Any], **more: Sequence[object]) -> None:
         "attempts": [f"{one.attempts}" if one.attempts else "" for one in steps],
         "lost": [one.losses or "" for one in steps],
         "took": [duration(one.started_at, one.finished_at) for one in steps],
+        "waited": [f"{one.usage['queued_s']:.2f} s" if one.usage else "" for one in steps],
+        "CPU": [f"{used:.2f} s" if (used := _cpu_of(one)) is not None else "" for one in steps],
+        "peak": [_peak_of(one) for one in steps],
         "due": [one.due_at or "" for one in steps],
         "run": [one.run or "" for one in steps],
     }
@@ -357,6 +363,17 @@ def _print_steps(steps: Sequence[Any], **more: Sequence[object]) -> None:
     columns["error"] = [describe(one.error) if one.error else "" for one in steps]
     shown = {name: cells for name, cells in columns.items() if name in (first, "state") or any(cells)}
     print_table(list(shown), list(zip(*shown.values(), strict=True)))
+
+
+def _cpu_of(step: Any) -> float | None:
+    """Return the processor time of all attempts of a step, or of the last one of an item."""
+    used = step.cost or step.usage
+    return None if used is None or not used["wall_s"] else float(used["cpu_s"])
+
+
+def _peak_of(step: Any) -> str:
+    memory = (step.usage or {}).get("memory")
+    return size_text(memory // 10**6 * 10**6) if memory else ""
 
 
 def _print_run(found: Any) -> None:
@@ -370,6 +387,9 @@ def _print_run(found: Any) -> None:
         print(f"error{where}: {describe(found.error)}")
     if found.parent:
         print(f"nested in run {found.parent['run']}, step {found.parent['step']}")
+    cost = found.cost
+    if cost["wall_s"]:
+        print(f"took {cost['wall_s']:.2f} s in steps, {cost['cpu_s']:.2f} CPU-s, {cost['gb_s']:.3f} GB-s")
     _print_steps(
         found.steps,
         step=[one.id for one in found.steps],

@@ -21,6 +21,7 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
+from orchestrator.health_file import HealthFile
 from orchestrator.keeper import Keeper
 from orchestrator.leading import LeadingService
 from orchestrator.ledger import keys
@@ -139,6 +140,7 @@ class Control:
         self._settings = settings
         self._up_pid = up_pid
         self._stop = threading.Event()
+        self._health = HealthFile(settings.health_file)
         engine = Engine(settings)
         self._engine = engine
         self._care: list[LeadingService] = _care_of(engine) if "dispatcher" in roles else []
@@ -187,6 +189,7 @@ class Control:
             if self._dispatches:
                 teller.start()
             while not self._stop.wait(_PERIOD_S):
+                self._health.touch()
                 if self._up_pid is not None and os.getppid() != self._up_pid:
                     log.warning("up_is_gone")
                     break

@@ -16,6 +16,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
 | | reopen_id | the request that opened the episode, which may come twice |
+| | used_wall used_cpu used_memory | the same of all its steps, over all episodes |
 | | created_at started_at finished_at deadline | ms since the epoch |
 | graph | step | [pool, rule, upstreams, [downstream], [read], flags, phase] (plan.py) |
 | states | slot | state |
@@ -30,6 +31,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | attempts | slot@attempt | JSON: worker, code, started_at, fence, finished_at, state, error |
 | | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON objects joined by commas) |
 | | slot#b slot#k | attempts and losses of earlier episodes |
+| | step#wall step#cpu step#memory | what all attempts of a step and of its items took: us, us, MB-ms |
 | | slot#u slot#m | since when no function was found for it, ms; arguments that were mended (payload) |
 | items | per:step, step:chunk | items per chunk, payload of a chunk: the list that `foreach` gave |
 | | again:step | items still to be handed out in a further episode |
@@ -50,6 +52,8 @@ from orchestrator.errors import one_line
 
 PREFIX = "orchestrator"
 
+#: What is added up of what attempts take (see above).
+USED = ("wall", "cpu", "memory")
 #: The keys of one run, in the order in which they are given to the script as KEYS.
 RUN_KEYS = ("run", "graph", "states", "units", "leases", "outbox", "outputs", "attempts", "items", "logs", "timers")
 
