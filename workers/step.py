@@ -191,10 +191,10 @@ class StepRunner:
                 self._note(run, taken, unit_since)
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
+                self._count()
                 # A link that goes on from another one was ready that moment; items wait for those before them.
                 has_waited = links == 1 or taken.index >= 0
                 queued_s = time.time() - queued_ms / 1000 if queued_ms is not None and has_waited else 0.0
-                self._count()
                 answer = self._run(info, taken, names, inputs, links, queued_s)
             is_done = True
         finally:
