@@ -20,7 +20,7 @@ from orchestrator.bus import EventBus
 from orchestrator.celery_app import PRIORITIES, broker_errors, make_app
 from orchestrator.counters import Counters, field
 from orchestrator.deadletters import DeadLetters
-from orchestrator.errors import NotFoundError, UnavailableError
+from orchestrator.errors import InputError, NotFoundError, UnavailableError
 from orchestrator.eventlog import EventLog
 from orchestrator.events import CAUSATION, HOPS, PRIORITY, RUN_EVENTS, RUNS_SOURCE, Event
 from orchestrator.ledger import Ledger
@@ -192,6 +192,28 @@ class Engine:
 
     def _cancel(self, run: str, phase: str) -> bool:
         answer = self.ledger.cancel(run, phase)
+        self.publish(run, answer.publish)
+        return answer.verdict == "ok"
+
+    def cancel_step(self, run: str, slot: str, attempt: int = 0) -> bool:
+        """Cancel one step of a run, with its items and what is nested in it, or one item (`step/index`).
+
+        The rest of the run goes on; what is downstream goes on as if it had failed. Durable once this has returned,
+        and idempotent; False if it has ended or is being cancelled already, or if `attempt` is given and over.
+        Raises NotFoundError, InputError for what is not there yet.
+        """
+        step = slot.partition("/")[0]
+        answer = self.ledger.cancel_step(run, slot, attempt)
+        match answer.verdict:
+            case "unknown":
+                raise NotFoundError(f"run {run} is not known; see `orchestrator runs list`")
+            case "no_step":
+                there = ", ".join(self.plan(self.ledger.plan_of(run)).steps)
+                raise NotFoundError(f"run {run} has no step {step!r}; it has {there}")
+            case "no_item":
+                raise NotFoundError(f"step {step} of run {run} has no item {slot.partition('/')[2]}")
+            case "early":
+                raise InputError(f"{slot} of run {run} is not there yet; cancel it when it is, or the whole run")
         self.publish(run, answer.publish)
         return answer.verdict == "ok"
 

@@ -126,6 +126,14 @@ def cancel_runs(engine: Engine, runs: Sequence[str]) -> list[dict[str, Any]]:
     return [{"id": run, "cancelled": engine.cancel(run), "state": engine.ledger.outcome(run)[0]} for run in runs]
 
 
+def cancel_step(engine: Engine, run: str, step: str, index: int | None = None) -> dict[str, Any]:
+    """Cancel one step, or one item of it: {"id", "step", "index", "cancelled", "state"}. Raises as the engine does."""
+    slot = step if index is None else f"{step}/{index}"
+    cancelled = engine.cancel_step(run, slot)
+    state = engine.ledger.state_of(run, slot)
+    return {"id": run, "step": step, "index": index, "cancelled": cancelled, "state": state}
+
+
 def read_logs(
     queries: Queries,
     run: str,

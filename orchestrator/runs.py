@@ -95,6 +95,19 @@ def rerun_id(run: str, number: int) -> str:
     return digest("rerun", run, str(number))[:24]
 
 
+def task_id(run: str, slot: str, attempt: int) -> str:
+    """Return by what Celery's tools know one attempt of a step or item (`step/index`): `run:step[:index]:attempt`."""
+    return f"{run}:{slot.replace('/', ':')}:{attempt}"
+
+
+def parse_task_id(text: str) -> tuple[str, str, int]:
+    """Return (run, step or step/index, attempt) of what `task_id` made. Raises ValueError."""
+    run, step, *index, attempt = text.split(":") if text.count(":") in (2, 3) else ("", "", "")
+    if not run or not step or not all(one.isdecimal() and one.isascii() for one in (*index, attempt)):
+        raise ValueError(f"{text!r} is no task id as RUN:STEP:ATTEMPT or RUN:STEP:INDEX:ATTEMPT")
+    return run, "/".join((step, *index)), int(attempt)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepError:
     """Why a step or a run failed.

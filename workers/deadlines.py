@@ -32,6 +32,7 @@ from workers import children, outcome
 from workers.interrupts import SIGNAL, timeout_of
 from workers.slots import Slots, Stop, Work
 from workers.step import Identity
+from workers.task_events import StepEvents, Told
 
 log = get_logger(__name__)
 
@@ -58,12 +59,18 @@ class Deadlines:
     """Stops steps. `publish` takes a run and its units that have become ready."""
 
     def __init__(
-        self, engine: Engine, slots: Slots, identity: Identity, publish: Callable[[str, Sequence[str]], None]
+        self,
+        engine: Engine,
+        slots: Slots,
+        identity: Identity,
+        publish: Callable[[str, Sequence[str]], None],
+        events: StepEvents | None = None,
     ) -> None:
         self._engine = engine
         self._publish = publish
         self._slots = slots
         self._identity = identity
+        self._events = events
         self._grace_s = engine.settings.stop_grace_s
         self._stopping: dict[int, _Stopping] = {}
         self._lock = threading.Lock()
@@ -148,6 +155,10 @@ class Deadlines:
         if answer.verdict == "ok":
             workflow = self._engine.plan(self._engine.ledger.plan_of(work.run)).workflow.name
             self._engine.counters.add(field("steps", workflow=workflow, state=result.state))
+            if self._events is not None:
+                since = time.time() - (time.monotonic() - work.since)
+                told = Told(run=work.run, workflow=workflow, slot=work.slot, attempt=work.attempt, since=since)
+                self._events.end(told, result.state, error=result.error, pid=work.pid)
         self._publish(work.run, answer.publish)
 
     def _outcome(self, killed: _Killed) -> outcome.Outcome:

@@ -51,7 +51,8 @@ class Interrupts:
     def call(
         self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float, since: float | None = None
     ) -> Any:
-        """Return what the function returns; it is told to stop when `timeout_s` is over, or its run is cancelled.
+        """Return what the function returns; it is told to stop when `timeout_s` is over, or when it
+        or its run is cancelled.
 
         The time counts from now, or from `since` (monotonic): of several calls for one step. Raises StepTimeout or
         StepCancelled if it was, whatever it makes of that, unless it returns. A copy of this process that it has made
@@ -88,7 +89,7 @@ class Interrupts:
         if reason is Stop.TIMEOUT:
             self._stopped = StepTimeout(f"it ran for longer than its timeout of {self._timeout_s:g} s")
         else:
-            self._stopped = StepCancelled("its run is cancelled")
+            self._stopped = StepCancelled("it was cancelled, or its run")
             self.is_cancelled = True
         self._slots.heed(self._slot, self._number)
         raise self._stopped

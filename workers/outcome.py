@@ -22,6 +22,7 @@ class Outcome:
     state: str
     tail: str
     delay_ms: int = 0
+    error: StepError | None = None
 
 
 def of_error(error: StepError, step: Step, tries: int, asked: BaseException | None = None) -> Outcome:
@@ -39,8 +40,8 @@ def of_error(error: StepError, step: Step, tries: int, asked: BaseException | No
     else:
         may = policy is not None and policy.may_retry(tries, error.kinds)
     if policy is None or not may or isinstance(asked, Fail) or error.reason in _FINAL:
-        return Outcome("failed", tail)
+        return Outcome("failed", tail, error=error)
     delay_s = policy.delay_s(tries, random.random())  # noqa: S311 -- spreads load, keeps no secret
     if isinstance(asked, Retry) and asked.after_s is not None:
         delay_s = asked.after_s
-    return Outcome("retrying", tail, round(delay_s * 1000))
+    return Outcome("retrying", tail, round(delay_s * 1000), error)

@@ -54,6 +54,7 @@ from workers.memory import limited
 from workers.outcome import of_error
 from workers.slots import Slots
 from workers.surroundings import restored
+from workers.task_events import StepEvents, Told
 from workers.usage import Meter
 
 log = get_logger(__name__)
@@ -133,7 +134,16 @@ class Identity:
 class StepRunner:
     """Runs what messages bring, in one process (or thread) of a worker."""
 
-    def __init__(self, engine: Engine, identity: Identity, *, pool: str, slots: Slots | None, slot: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        identity: Identity,
+        *,
+        pool: str,
+        slots: Slots | None,
+        slot: int,
+        events: StepEvents | None = None,
+    ) -> None:
         self._engine = engine
         self._ledger = engine.ledger
         self._payloads = engine.payloads
@@ -142,6 +152,7 @@ class StepRunner:
         self._slots = slots
         self._slot = slot
         self._interrupts = None if slots is None else Interrupts(slots, slot)
+        self._events = events
         self._record = identity.record(os.getpid())
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
@@ -381,6 +392,8 @@ class StepRunner:
     ) -> Answer:
         state, payload, tail, delay_ms = "succeeded", "", "", 0
         arguments: dict[str, Any] = {}
+        error: StepError | None = None
+        told = None if self._events is None else self._events.begin(info.id, info.plan.workflow.name, taken)
         try:
             if taken.losses >= self._settings.maximum_losses:
                 raise WorkerLostError(self._ledger.losses(info.id, taken.slot)[-1]["reason"], taken.losses)
@@ -390,7 +403,9 @@ class StepRunner:
                 names["item"], names["index"] = self._item(info, taken), taken.index
             if step.is_fan_out and taken.index < 0:
                 if self._is_wanted(info, step, names, captured, per_item=False):
-                    return self._expand(info, taken, step, names, captured, links)
+                    count, answer = self._expand(info, taken, step, names, captured, links)
+                    self._tell_end(told, "succeeded", answer, result=f"{count} items")
+                    return answer
                 state = "skipped"
             elif not self._is_wanted(info, step, names, captured, per_item=step.is_fan_out):
                 state = "skipped"
@@ -416,6 +431,7 @@ class StepRunner:
                 state = "cancelled"
             elif isinstance(exc, TaskNotFoundError) and left_ms > 0:
                 state, delay_ms = "postponed", min(_DEPLOY_LOOK_MS, left_ms)
+                error = StepError(type="TaskNotFoundError", message=str(exc))
                 log.warning("task_not_found", error=str(exc), gives_up_in_s=left_ms // 1000)
             else:
                 error = describe_error(exc, self._settings.project, captured.mask)
@@ -437,7 +453,15 @@ class StepRunner:
             counters.observe("step_seconds", usage.wall_s, pool=self._pool)
             counters.add(counter("cpu_seconds", workflow=workflow, pool=self._pool), usage.cpu_s)
             counters.add(counter("gb_seconds", workflow=workflow, pool=self._pool), usage.gb_s)
+        self._tell_end(told, state, answer, error=error)
         return answer
+
+    def _tell_end(
+        self, told: Told | None, state: str, answer: Answer, *, error: StepError | None = None, result: str = ""
+    ) -> None:
+        """Tell who watches how an attempt has ended, unless the ledger has not taken it."""
+        if told is not None and self._events is not None and answer.verdict == "ok":
+            self._events.end(told, state, error=error, result=result)
 
     def _evaluate(self, info: _RunInfo, step: Step, template: Any, names: dict[str, Any], captured: Captured) -> Any:
         """Evaluate an expression of a step, which may take for ever as its function may."""
@@ -467,14 +491,14 @@ class StepRunner:
 
     def _expand(
         self, info: _RunInfo, taken: Taken, step: Step, names: dict[str, Any], captured: Captured, links: int
-    ) -> Answer:
+    ) -> tuple[int, Answer]:
         items = self._evaluate(info, step, step.foreach, names, captured)
         if not isinstance(items, list):
             raise ExpressionError(f"foreach must give a list, not {type(items).__name__}")
         ranges = parts(len(items), max_parallel=step.max_parallel)
         key = self._blob(info, taken) + "-items"
         per, chunks = self._insist(partial(self._payloads.pack_items, items, key)) if items else (1, [])
-        return self._insist(
+        return len(items), self._insist(
             lambda: self._ledger.expand(
                 info.id, taken, len(items),
                 size=ranges[0][1] - ranges[0][0] if ranges else 1,

@@ -26,6 +26,7 @@ from workers.deadlines import PERIOD_S, Deadlines
 from workers.reporting import Reporting
 from workers.slots import Slots, Stop, Work
 from workers.step import Identity
+from workers.task_events import StepEvents
 
 log = get_logger(__name__)
 
@@ -46,6 +47,7 @@ class Watch:
         *,
         reporting: Reporting | None = None,
         up_pid: int | None = None,
+        events: StepEvents | None = None,
     ) -> None:
         self._engine = engine
         self._slots = slots
@@ -54,7 +56,7 @@ class Watch:
         self._up_pid = up_pid
         self._health = HealthFile(engine.settings.health_file)
         self._service = Service("watch", self._loop)
-        self._deadlines = Deadlines(engine, slots, identity, partial(_publish, engine))
+        self._deadlines = Deadlines(engine, slots, identity, partial(_publish, engine), events)
         self.out_of_memory = children.OutOfMemory()
         self._renew_at = 0.0
         #: The child that was found dead in a slot, and when first.
@@ -173,15 +175,15 @@ def give_up(engine: Engine, work: Work, identity: Identity, reason: str) -> None
 #: Held by a thread that publishes, and by one that forks. What celery and kombu make when it is first asked for they
 #: make under locks of their classes, and a child that is forked meanwhile has such a lock held for ever: it would hang
 #: when it publishes first.
-_forking = threading.RLock()
-os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
+forking = threading.RLock()
+os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=forking.release)
 
 
 def _publish(engine: Engine, run: str, units: Sequence[str]) -> None:
     if not units:
         return
     try:
-        with _forking:
+        with forking:
             engine.publish(run, units)
     except OrchestratorError as exc:
         log.warning("left_to_rescuer", run=run, units=len(units), error=str(exc))

@@ -29,7 +29,8 @@ from workers.reporting import Reporting
 from workers.sizing import Sizing
 from workers.slots import Slots
 from workers.step import Identity, StepRunner, StepTask
-from workers.watch import Watch, give_up
+from workers.task_events import Monitoring, Pipe, StepEvents
+from workers.watch import Watch, forking, give_up
 
 log = get_logger(__name__)
 
@@ -49,19 +50,23 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
     warnings.filterwarnings("ignore", category=SecurityWarning)
     machine, wanted = Machine.look(), settings.pool(pool)
     ceiling = machine.ceiling(pool, wanted, concurrency, is_declared=pool in settings.pools)
-    slots = Slots(ceiling)
+    slots, pipe = Slots(ceiling), Pipe()
     try:
         app = make_app(settings, pool=pool)
         identity = Identity(worker_name(pool, socket.gethostname(), os.getpid()), project.code_hash)
         task = StepTask()
         app.register_task(task)
-        _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus)
+        events = StepEvents(pipe, slots)
+        _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus, events=events)
         # A connection that has died unseen is not to cost the leases.
         engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
         sizing = Sizing(wanted, ceiling, slots)
         reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
-        watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid)
-        app.steps["worker"].add(_watch_step(watch, slots))
+        watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid, events=events)
+        monitoring = Monitoring(
+            app, engine.pools, slots, pipe, identity.worker, publishing=forking, heart=partial(_heart, slots)
+        )
+        app.steps["worker"].add(_watch_step(watch, monitoring, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         app.conf.worker_autoscaler = sizing.attach
         worker = app.Worker(
@@ -82,12 +87,18 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         finally:
             # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
             watch.stop()
+            monitoring.stop()
         return int(worker.exitcode or 0)
     finally:
+        pipe.close()
         slots.close()
 
 
-def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
+def _heart(slots: Slots) -> dict[str, Any]:
+    return {"active": sum(slots.read(slot) is not None for slot in range(slots.count))}
+
+
+def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]:
     class WatchStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
         """Starts the watch once the children are there, and tells them when the worker is to stop."""
 
@@ -96,6 +107,7 @@ def _watch_step(watch: Watch, slots: Slots) -> type[Any]:
         def start(self, parent: Any) -> None:
             signals.worker_shutting_down.connect(self._drain, weak=False)
             watch.start()
+            monitoring.start()
 
         @staticmethod
         def _drain(**_: Any) -> None:
@@ -113,6 +125,7 @@ def _prepare_children(
     pool: str,
     slots: Slots,
     gpus: tuple[str, ...],
+    events: StepEvents,
 ) -> None:
     gpus_each = settings.pool(pool).gpu
 
@@ -131,7 +144,7 @@ def _prepare_children(
             except UnavailableError as exc:
                 log.warning("left_to_rescuer", run=before.run, unit=before.unit, error=str(exc))
             slots.clear(slot)
-        task.runner = StepRunner(engine, identity, pool=pool, slots=slots, slot=slot)
+        task.runner = StepRunner(engine, identity, pool=pool, slots=slots, slot=slot, events=events)
 
     signals.worker_process_init.connect(begin, weak=False)
     signals.worker_process_shutdown.connect(lambda **_: task.runner.end(), weak=False)

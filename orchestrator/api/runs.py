@@ -115,6 +115,18 @@ def make_router(place: Place) -> APIRouter:
         """Cancel a run and those nested in it: what has not begun never will, and steps at work are told to stop."""
         return Json(operations.cancel_runs(engine, [run])[0])
 
+    @routes.post("/runs/{run}/steps/{step}/cancel", **says(shapes.StepCancelled, changes=True))
+    @needs(Scope.RUN)
+    def cancel_step(
+        run: str,
+        step: str,
+        request: Request,
+        index: Annotated[int | None, Query(ge=0, description="Only this item of a fan-out.")] = None,
+    ) -> Json:
+        """Cancel one step, with its items or its nested run; the rest goes on, below it as if it had failed."""
+        request.state.entry.note(index=index)
+        return Json(operations.cancel_step(engine, run, step, index))
+
     @routes.post(
         "/runs/{run}/resume", **says(shapes.Resumed, changes=True), openapi_extra=schema_of(Resume, required=False)
     )

@@ -128,6 +128,14 @@ class Cancelled(BaseModel):
     state: RunState
 
 
+class StepCancelled(BaseModel):
+    id: str = Field(description="The run.")
+    step: str
+    index: int | None
+    cancelled: bool = Field(description="Whether this request has asked for it; not if it has ended, or is asked for.")
+    state: StepRunState = Field(description="What is at work is told to stop, and is `running` until it does.")
+
+
 class Resumed(BaseModel):
     run: str
     workflow: str

@@ -143,6 +143,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                 ring(pipe, queue)
                 pipe.execute()
 
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **kwargs: Any) -> None:
+        """Publish to whoever listens (Celery's events and remote control), who acks nothing, with what they read."""
+        given = message["properties"]
+        properties = {"body_encoding": given["body_encoding"], "delivery_tag": given["delivery_tag"][:8]}
+        super()._put_fanout(exchange, {**message, "properties": properties}, routing_key, **kwargs)
+
     # Consuming
 
     def basic_consume(

@@ -491,15 +491,23 @@ def runs_wait(
 @runs.command("cancel")
 def runs_cancel(
     run_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    step: Annotated[
+        str | None, typer.Option(metavar="STEP[/INDEX]", help="Cancel only this step of one run, or item of a step.")
+    ] = None,
     project: ProjectOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Cancel runs and those nested in them: what has not begun never will, and steps at work are told to stop."""
-    from orchestrator.operations import cancel_runs
+    from orchestrator.operations import cancel_runs, cancel_step
     from orchestrator.runs import RunState
 
+    if step is not None and len(run_ids) != 1:
+        raise InputError("--step is of one run; give one ID")
+    which = None if step is None else _read_step(step)
     with engine_of(settings_of(project, data_dir)) as engine:
+        if which is not None:
+            return _say_cancelled(cancel_step(engine, run_ids[0], *which), as_json=as_json)
         told = cancel_runs(engine, run_ids)
     if as_json:
         print_json({"items": told, "next": None})
@@ -511,6 +519,29 @@ def runs_cancel(
         else:
             nothing = f"nothing to cancel; it is {one['state']}"
             print(f"{one['id']}: {'is being cancelled already' if is_going_on else nothing}")
+    return 0
+
+
+def _read_step(text: str) -> tuple[str, int | None]:
+    name, slash, index = text.partition("/")
+    if slash and not (index.isdecimal() and index.isascii()):
+        raise InputError(f"--step must be STEP, or STEP/INDEX with an item's number from 0, not {text!r}")
+    return name, int(index) if slash else None
+
+
+def _say_cancelled(told: dict[str, Any], *, as_json: bool) -> int:
+    from orchestrator.runs import StepRunState
+
+    if as_json:
+        print_json(told)
+        return 0
+    name = told["step"] if told["index"] is None else f"{told['step']}/{told['index']}"
+    is_going_on = not StepRunState(told["state"]).is_end
+    if told["cancelled"]:
+        print(f"{told['id']} {name}: {'is being cancelled' if is_going_on else told['state']}")
+    else:
+        nothing = f"nothing to cancel; it is {told['state']}"
+        print(f"{told['id']} {name}: {'is being cancelled already' if is_going_on else nothing}")
     return 0
 
 

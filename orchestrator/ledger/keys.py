@@ -22,6 +22,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | states | slot | state |
 | | u:step f:step k:step | upstream steps ended, failed, skipped |
 | | n:step d:step b:step x:step c:step | items in all, ended, failed, cancelled, handed out (`max_parallel`) |
+| | s:slot | it was cancelled by itself while it was at work, and is to stop |
 | | w:slot | id of the nested run that is waited for; `~`: its time is waited for |
 | units | unit | fence:k:hi, with the item and end of a header part (`step/lo-hi`); fence 0: not begun |
 | leases | unit | (sorted set) when the lease runs out, ms |

@@ -83,6 +83,11 @@ local function slot_of(unit) -- what of a unit is in work: the step, or the item
   return step .. '/' .. int(k)
 end
 
+local function first_open(step, k, hi) -- the first item from k on that has not ended; hi if all before it have
+  while k < hi and ENDED[call('HGET', STATES, step .. '/' .. int(k)) or ''] do k = k + 1 end
+  return k
+end
+
 local function new_part(step, lo, hi) -- a header part that nobody has begun: fence 0
   local unit = step .. '/' .. int(lo) .. '-' .. int(hi)
   hold(unit, 0, lo, hi)
@@ -97,6 +102,9 @@ local function is_stopping()
   if stopping == nil then stopping = call('HGET', RUN, 'stopping') end
   return stopping
 end
+
+-- A slot that was cancelled by itself while it was at work: it is told to stop, and begins no further attempt.
+local function is_to_stop(slot) return is_stopping() or call('HEXISTS', STATES, 's:' .. slot) == 1 end
 
 local function decide(step, ready) -- returns the state that a join settles in without running, if it does
   if is_stopping() or call('HGET', STATES, step) then return nil end -- queued or ended already
@@ -381,8 +389,8 @@ local function take(unit, how, goes_on)
   local step, lo, hi = split(unit)
   local fence, k, end_ = held(unit)
   if lo then
-    k, hi = k or lo, end_ or hi
-    while k < hi and ENDED[call('HGET', STATES, step .. '/' .. int(k)) or ''] do k = k + 1 end
+    hi = end_ or hi
+    k = first_open(step, k or lo, hi)
     if k >= hi then return nil end
   end
   if not goes_on then fence = call('HINCRBY', RUN, 'fence', 1) end
@@ -530,10 +538,10 @@ function verbs.complete()
   local put_off_to
   if fresh then
     if log ~= '' then call('HSET', LOGS, slot .. '@' .. (1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0)), log) end
-    if PUTS_OFF[state] and is_stopping() then state = 'cancelled' end
+    if PUTS_OFF[state] and is_to_stop(slot) then state = 'cancelled' end
     if state == 'waiting' then
       call('HSET', STATES, 'w:' .. slot, payload)
-      if is_stopping() then chore('^cancel:' .. slot, ready) end
+      if is_to_stop(slot) then chore('^cancel:' .. slot, ready) end
     elseif PUTS_OFF[state] then
       put_off_to = state
     else
@@ -557,7 +565,7 @@ function verbs.complete()
   end
   if inline == '' then -- draining: what was not begun goes back as it is
     call('ZREM', LEASES, unit)
-    if not ENDED[call('HGET', STATES, slot_of(unit)) or ''] then ready[#ready + 1] = unit end
+    if first_open(step, index + 1, hi) < hi then ready[#ready + 1] = unit end
     return go_on(ready, '', how, 'ok')
   end
   local answer = go_on(ready, '', how, 'ok')
@@ -577,7 +585,7 @@ function verbs.expand()
   call('ZREM', LEASES, step)
   if call('HGET', STATES, step) ~= 'running' then return { 'done', lost_answer(how), {} } end -- given up, and cancelled
   local ready = {}
-  if is_stopping() then
+  if is_to_stop(step) then
     end_slot(step, -1, 'cancelled', '', ready)
     return go_on(ready, '', how, 'ok')
   end
@@ -610,12 +618,12 @@ function verbs.resolve()
   if attempt ~= 1 + tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0) then return { 'done', {}, {} } end
   call('ZREM', OUTBOX, '^await:' .. slot, '^cancel:' .. slot)
   local ready = {}
-  if state == 'retrying' and not is_stopping() then
+  if state == 'retrying' and not is_to_stop(slot) then
     call('HDEL', STATES, 'w:' .. slot)
     put_off(step, index, state, tail, delay_ms)
     return go_on(ready, '', {}, 'ok')
   end
-  if is_stopping() and state ~= 'succeeded' then state = 'cancelled' end
+  if is_to_stop(slot) and state ~= 'succeeded' then state = 'cancelled' end
   call('HSET', STATES, 'w:' .. slot, child)
   if payload ~= '' then call('HSET', OUTPUTS, slot, payload) end
   end_slot(step, index, state, tail, ready)
@@ -734,6 +742,64 @@ function verbs.cancel()
   return go_on(ready, '', {}, 'ok')
 end
 
+local function forget_due(slot) -- what the slot waited for, and its message, will not come
+  local step, index = string.match(slot, '^(.-)/(%d+)$')
+  local unit = step and (step .. '/' .. index .. '-' .. int(tonumber(index) + 1)) or slot
+  call('ZREM', TIMERS, unit, '~' .. slot)
+  call('ZREM', OUTBOX, unit)
+  if call('HGET', STATES, 'w:' .. slot) == '~' then call('HDEL', STATES, 'w:' .. slot) end
+end
+
+local function cancel_slot(slot, busy, ready) -- a step that was not expanded, or an item; it has not ended
+  local state = call('HGET', STATES, slot)
+  if busy[slot] or stop_child(slot, ready) then
+    call('HSET', STATES, 's:' .. slot, '1')
+    return
+  end
+  forget_due(slot)
+  if state == 'running' then
+    end_named(slot, 'cancelled', ready)
+    return
+  end
+  local step, index = string.match(slot, '^(.-)/(%d+)$') -- not begun: there is no record of it to close
+  if step then end_item(step, index, 'cancelled', ready) else settle(slot, 'cancelled', ready) end
+end
+
+-- cancel_step: slot, attempt that is meant or 0. Cancels one step, with its items or its nested run, or one item;
+-- the rest of the run goes on. Verdicts: ok; done: it has ended, or is to stop already, or that attempt is over;
+-- unknown: no such run; no_step, no_item; early: a hook whose time has not come, or items that are not there yet.
+function verbs.cancel_step()
+  local slot, attempt = ARGV[2], tonumber(ARGV[3])
+  if call('EXISTS', RUN) == 0 then return { 'unknown' } end
+  local step, index = string.match(slot, '^(.-)/(%d+)$')
+  step, index = step or slot, tonumber(index)
+  if step == END or call('HEXISTS', GRAPH, step) == 0 then return { 'no_step' } end
+  local n = tonumber(call('HGET', STATES, 'n:' .. step))
+  local state = call('HGET', STATES, slot) or ''
+  if index then
+    if not string.find(graph(step)[6], 'f') or (n and index >= n) then return { 'no_item' } end
+    if not n then return { ENDED[call('HGET', STATES, step) or ''] and 'done' or 'early' } end
+  end
+  if not is_in_flight() or ENDED[state] or is_to_stop(slot) then return { 'done' } end
+  if graph(step)[7] ~= (call('HGET', RUN, 'phase') or '') then return { 'early' } end
+  local made = tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0)
+  if call('HEXISTS', ATTEMPTS, slot .. '@' .. (made + 1)) == 1 then made = made + 1 end
+  if attempt > 0 and attempt < made then return { 'done' } end
+  local ready, busy = {}, in_work()
+  if index or not n then
+    cancel_slot(slot, busy, ready)
+  else
+    call('HSET', STATES, 's:' .. step, '1')
+    call('HDEL', ITEMS, 'again:' .. step)
+    if call('HEXISTS', STATES, 'c:' .. step) == 1 then call('HSET', STATES, 'c:' .. step, int(n)) end
+    for i = 0, n - 1 do
+      local item = step .. '/' .. int(i)
+      if not ENDED[call('HGET', STATES, item) or ''] then cancel_slot(item, busy, ready) end
+    end
+  end
+  return go_on(ready, '', {}, 'ok')
+end
+
 -- fire: takes up what waited for its time, which has come. Answers {rows to publish, when the next is due or ""}.
 function verbs.fire()
   if not is_in_flight() then
@@ -770,9 +836,12 @@ local function lose(unit, reason, ready)
   local loss = cjson.encode({ at = NOW, reason = reason, worker = worker })
   call('HSET', ATTEMPTS, slot .. '#x', before and (before .. ',' .. loss) or loss)
   call('HINCRBY', ATTEMPTS, slot .. '#l', 1)
-  if is_stopping() and slot ~= END then
+  if slot ~= END and is_to_stop(slot) then
     if ENDED[call('HGET', STATES, slot) or ''] then return end -- its nested run was quicker than who began it
+    local step, lo = split(unit)
+    local _, k, hi = held(unit)
     end_named(slot, 'cancelled', ready)
+    if lo and first_open(step, k + 1, hi) < hi then ready[#ready + 1] = unit end -- only this item was cancelled
   else
     ready[#ready + 1] = unit
   end
@@ -858,7 +927,7 @@ function verbs.renew()
     elseif call('ZSCORE', LEASES, unit) or is_begun(unit) then
       call('ZADD', LEASES, NOW + tonumber(ARGV[2]), unit)
       call('ZREM', OUTBOX, unit)
-      if is_stopping() and unit ~= END then to_stop[#to_stop + 1] = unit end
+      if unit ~= END and is_to_stop(slot_of(unit)) then to_stop[#to_stop + 1] = unit end
     elseif call('HGET', STATES, slot_of(unit)) == 'cancelled' then -- its lease had been given up by then
       to_stop[#to_stop + 1] = unit
     end
@@ -913,6 +982,7 @@ local function new_budget(slot) -- attempts and losses are counted anew; what wa
   if call('HEXISTS', ATTEMPTS, slot .. '@' .. (retries + 1)) == 1 then retries = retries + 1 end
   call('HSET', ATTEMPTS, slot .. '#a', int(retries), slot .. '#b', int(retries), slot .. '#k', counts[2] or '0')
   call('HDEL', ATTEMPTS, slot .. '#u', slot .. '#m')
+  call('HDEL', STATES, 's:' .. slot)
 end
 
 local function forget(step) -- as if it had never begun

@@ -436,6 +436,19 @@ class Ledger:
             self._expect(run, 0)  # whoever looks at what is due finds a run that is no longer as it was
         return _answer(answer)
 
+    def cancel_step(self, run: str, slot: str, attempt: int = 0) -> Answer:
+        """Cancel one step, with its items or its nested run, or one item (`step/index`); durable and idempotent.
+
+        What is not at work ends at once, as cancelled, and what is downstream of it as if it had failed; what is at
+        work is told to stop. The rest of the run goes on. With `attempt`, one that is over is left as it is.
+        Verdicts: ok, done (it has ended, or is being cancelled already), unknown (no such run), no_step, no_item,
+        early (a hook, or an item of a fan-out, that is not there yet).
+        """
+        answer = self._call(run, "cancel_step", slot, attempt)
+        if answer[0] == "ok":
+            self._expect(run, 0)  # as in `cancel`
+        return _answer(answer)
+
     def phase_of(self, run: str) -> str:
         """Return the phase that a run is in (main: empty). Raises NotFoundError."""
         state, phase = self.guard(lambda: self.client.hmget(keys.run_key(run, "run"), "state", "phase"))
@@ -494,6 +507,11 @@ class Ledger:
             pipe.hget(keys.run_key(run, "states"), slot)
             (state, stopping), slot_state = self.guard(pipe.execute)
         return state == "running" and stopping is None and slot_state == "running"
+
+    def state_of(self, run: str, slot: str) -> str:
+        """Return the state of a step or item; what the ledger knows nothing of has not begun."""
+        state = self.guard(lambda: self.client.hget(keys.run_key(run, "states"), slot))
+        return str(state or ("queued" if "/" in slot else "scheduled"))
 
     def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
         """Return which attempt a slot is at: (over all episodes, in this one)."""

@@ -7,7 +7,7 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -600,6 +600,7 @@ class World:
         self.queue: list[str] = list(plan.roots)
         self.begun: Counter[str] = Counter()
         self.is_mended = False
+        self.may_cancel = False
 
     def publish(self, rows: Sequence[str]) -> None:
         self.queue.extend(row for row in rows if row[0] not in "!^")
@@ -608,11 +609,13 @@ class World:
             self.engine.publish(self.run, chores)
             self.ledger.clear(self.run, rows)
 
-    def live(self, cancel_at: int) -> str:
+    def live(self, cancel_at: int, cancel_steps_at: Container[int] = ()) -> str:
         """Go on until the run has ended; returns its state."""
         for turn in range(5000):
             if turn == cancel_at:
                 self.publish(self.ledger.cancel(self.run).publish)
+            if turn in cancel_steps_at:
+                self.cancel_a_step()
             if self.queue:
                 unit = self.queue.pop(self.chance.randrange(len(self.queue)))
                 if self.chance.random() > 0.2:  # else the message is lost
@@ -632,6 +635,12 @@ class World:
                     timers = self.ledger.client.zcard(keys.run_key(self.run, "timers"))
                     assert self.queue or timers, "idle, and nothing is in limbo"
         pytest.fail("the run does not end")
+
+    def cancel_a_step(self) -> None:
+        """Cancel any step or item there is, whatever it does."""
+        slot = self.chance.choice(sorted({*self.plan.steps, *states(self.ledger, self.run)}))
+        for _ in range(1 if self.chance.random() < 0.9 else 2):  # the answer was lost
+            self.publish(self.ledger.cancel_step(self.run, slot).publish)
 
     def deliver(self, unit: str) -> None:
         how = How(f'{{"worker": "{uuid.uuid4().hex}"', lease_ms=1)
@@ -666,6 +675,11 @@ class World:
             outcome = self.chance.choice(["succeeded"] * 6 + ["retrying", "sleeping", "postponed", "failed"])
         if taken.tries > 3 and outcome == "retrying":
             outcome = "failed"
+        if self.chance.random() < 0.3:
+            if self.may_cancel and not self.is_mended and self.chance.random() < 0.2:
+                self.cancel_a_step()
+            _, to_stop = self.ledger.renew([(self.run, taken.unit, taken.fence)], 1)
+            outcome = "cancelled" if to_stop else outcome
         tail = ERROR if outcome in ("failed", "retrying") else ""
         for _ in range(1 if self.chance.random() < 0.9 else 2):  # the answer was lost
             answer = self.ledger.complete(
@@ -684,15 +698,21 @@ def slots_of(plan: Plan, final: Mapping[str, str]) -> set[str]:
     return found
 
 
-@given(shape=shapes(), seed=st.integers(0, 2**32), cancel_at=st.none() | st.integers(0, 30))
+@given(
+    shape=shapes(),
+    seed=st.integers(0, 2**32),
+    cancel_at=st.none() | st.integers(0, 30),
+    cancel_steps_at=st.sets(st.integers(0, 30), max_size=4),
+)
 @hypothesis_settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_run_ends_and_is_brought_to_its_end_in_further_episodes(
-    engine: Engine, ledger: Ledger, shape: list[Step], seed: int, cancel_at: int | None
+    engine: Engine, ledger: Ledger, shape: list[Step], seed: int, cancel_at: int | None, cancel_steps_at: set[int]
 ) -> None:
     run = uuid.uuid4().hex
     plan = start(engine, run, *shape)
     world = World(engine, plan, run, seed)
-    end = world.live(-1 if cancel_at is None else cancel_at)
+    world.may_cancel = bool(cancel_steps_at)
+    end = world.live(-1 if cancel_at is None else cancel_at, cancel_steps_at)
     episode = 1
     while end != "succeeded":
         final = states(ledger, run)

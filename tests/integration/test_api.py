@@ -123,6 +123,20 @@ def test_lists_are_paged_by_a_cursor_and_show_the_objects_of_the_command_line(
     assert api.get(f"/runs/{runs[1]}", params={"step": "a"}).json() == shown["steps"][0]
 
 
+def test_one_step_is_cancelled_and_the_audit_log_says_who_asked(api: httpx.Client, engine: Engine) -> None:
+    put_in_force(engine)
+    run = start(engine)
+    told = api.post(f"/runs/{run}/steps/a/cancel").json()
+    assert told == {"id": run, "step": "a", "index": None, "cancelled": True, "state": "cancelled"}
+    assert api.post(f"/runs/{run}/steps/a/cancel").json()["cancelled"] is False
+    entry = api.get("/audit").json()["items"][0]
+    assert (entry["action"], entry["target"], entry["status"]) == ("cancel_step", f"{run}/a", 200)
+    is_problem(api.post(f"/runs/{run}/steps/b/cancel"), 404)
+    is_problem(api.post(f"/runs/{run}/steps/a/cancel?index=3"), 404)
+    is_problem(api.post(f"/runs/{run}/steps/a/cancel?index=-3"), 422)
+    is_problem(api.post("/runs/nobody/steps/a/cancel"), 404)
+
+
 def test_a_workflow_is_started_shown_and_its_end_waited_for(place: Place) -> None:
     dispatcher = put_in_force(place.engine)
     dispatcher.start()
@@ -374,6 +388,8 @@ def test_ids_and_cursors_of_any_text_are_unknown_and_harm_nothing(api: httpx.Cli
         is_problem(api.get(path), 422)
     for verb in ("cancel", "resume", "rerun"):
         is_problem(api.post(f"/runs/{odd}/{verb}"), 404)
+    is_problem(api.post(f"/runs/{odd}/steps/a/cancel"), 404)
+    is_problem(api.post(f"/runs/{run}/steps/{odd}/cancel"), 404)
     is_problem(api.post(f"/workflows/{odd}/runs", json={}), 404)
 
 
@@ -575,7 +591,7 @@ def test_every_address_that_changes_something_asks_for_more_than_read_and_is_aud
     assert len(changes) >= 8
     for method, path in changes:
         address = str(api.base_url).removesuffix("/api/v1/") + path.format(
-            run="r", workflow="w", event="e", schedule="s"
+            run="r", step="t", workflow="w", event="e", schedule="s"
         )
         is_problem(api.request(method, address, json={}, headers=read), 403)
         before = len(api.get("/audit?limit=1000", headers=bearer(admin)).json()["items"])

@@ -40,6 +40,19 @@ def test_a_timeout_that_is_no_duration_is_one_line(command):
         CliRunner().invoke(app, [*command, "--timeout", "5x"], catch_exceptions=False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["r1", "r2", "--step", "a"], "--step is of one run; give one ID"),
+        (["r1", "--step", "a/x"], "--step must be STEP, or STEP/INDEX with an item's number from 0, not 'a/x'"),
+        (["r1", "--step", "a/"], "not 'a/'"),
+    ],
+)
+def test_a_step_to_cancel_that_is_not_said_clearly_is_one_line(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["runs", "cancel", *arguments, "--project", str(tmp_path)], catch_exceptions=False)
+
+
 def test_a_definition_is_drawn_and_listed_without_the_secrets_that_the_gateway_needs(tmp_path):
     """They are in the gateway's environment, and not in that of everybody who wants to look."""
     write_project(

@@ -89,7 +89,7 @@ def sleep() -> None:
     ("reason", "said"),
     [
         (Stop.TIMEOUT, "StepTimeout: it ran for longer than its timeout of 60 s"),
-        (Stop.CANCEL, "StepCancelled: its run is cancelled"),
+        (Stop.CANCEL, "StepCancelled: it was cancelled, or its run"),
     ],
 )
 def test_a_function_that_runs_is_stopped(slots: Slots, reason: Stop, said: str) -> None:

@@ -30,6 +30,6 @@ def test_no_child_is_forked_while_something_is_published() -> None:
     threading.Timer(0.1, go.set).start()
     child = os.fork()
     if child == 0:
-        os._exit(0 if published == ["r"] and watch._forking.acquire(blocking=False) else 1)
+        os._exit(0 if published == ["r"] and watch.forking.acquire(blocking=False) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     publisher.join()
