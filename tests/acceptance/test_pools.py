@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from orchestrator.cli.access import engine_of
 from orchestrator.engine import Engine
+from orchestrator.operations import start_run
 from orchestrator.pools import WorkerReport
 from orchestrator.settings import Settings
 from tests.acceptance.conftest import Broker, Up
@@ -159,9 +161,9 @@ def test_thousands_of_steps_at_once_grow_a_pool_to_its_maximum_and_run_once_each
     wait_until(lambda: shown(up)["workers"] == 1, "the worker has reported")
     record = tmp_path / "record"
     began = time.monotonic()
-    for n in range(5):
-        given = {"record": str(record), "name": f"run{n}", "count": 1000}
-        up.ask("run", "many", "--input", json.dumps(given))
+    with engine_of(Settings.load(up.project, environ={})) as engine:
+        for n in range(5):
+            start_run(engine, "many", {"record": str(record), "name": f"run{n}", "count": 1000})
     wait_until(lambda: processes(up) == 8, "the pool has its maximum", 60)
     grown_s = time.monotonic() - began
     assert len(workers(up)) == 2
@@ -242,7 +244,7 @@ def test_workers_end_by_themselves_when_up_is_killed(make_up: MakeUp) -> None:
 
 def test_a_pool_beyond_the_machine_is_shown_as_the_fault_that_it_is(make_up: MakeUp) -> None:
     files = FILES | {
-        "orchestrator.toml": '[pools.huge]\nmemory = "900TB"\n',
+        "orchestrator.toml": '[pools.huge]\nmemory = "900000GB"\n',
         "workflows/huge.yaml": "workflow: huge\nsteps:\n  a: {task: 'tasks:version', pool: huge}\n",
     }
     up = make_up(files)
@@ -336,22 +338,12 @@ def test_an_autoscaler_can_have_its_workers_as_processes(
     record = tmp_path / "record"
     wait_until(lambda: on_broker.ledger.workflows(), "the definitions are in force", 60)
     wait_until(on_broker.pools.reports, "a worker is there", 60)
-    env = on_broker.settings
     for n in range(4):
-        given = json.dumps({"record": str(record), "name": f"r{n}", "count": 50})
-        subprocess.run(
-            command("run", "many", "--input", given, "--project", str(project)),
-            env=environment(
-                ORCHESTRATOR_BROKER_URL=env.broker_url,
-                ORCHESTRATOR_LEDGER_URL=env.ledger_url,
-                ORCHESTRATOR_DATA_DIR=str(env.data_dir),
-            ),
-            check=True, capture_output=True,
-        )  # fmt: skip
+        start_run(on_broker, "many", {"record": str(record), "name": f"r{n}", "count": 100})
     wait_until(lambda: sum(one.size for one in on_broker.pools.reports()) == 3, "the pool has grown to its max", 60)
-    wait_until(lambda: record.exists() and record.read_text().count("\n") == 200, "all have run", 60)
+    wait_until(lambda: record.exists() and record.read_text().count("\n") == 400, "all have run", 60)
     wait_until(lambda: [one.size for one in on_broker.pools.reports()] == [0], "it is at rest again", 60)
-    assert sorted(record.read_text().split()) == sorted(f"r{n}/{i}" for n in range(4) for i in range(50))
+    assert sorted(record.read_text().split()) == sorted(f"r{n}/{i}" for n in range(4) for i in range(100))
     family = psutil.Process(scaler.pid).children(recursive=True)
     assert family
     scaler.kill()
