@@ -242,7 +242,8 @@ class _Reading:
             retry=step.retry,
             timeout_s=step.timeout,
             memory=step.memory,
-            pool=step.pool,
+            resources=step.build_resources(),
+            pool=step.pool or "",
             description=step.description,
         )
 

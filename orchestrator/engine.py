@@ -127,6 +127,17 @@ class Engine:
             ) from exc
         self._ring({plan.pool(unit.partition("/")[0]) for unit in units})
 
+    def pools_in_use(self) -> set[str]:
+        """Return the pools for which workflows in force, or runs in flight, have steps. Raises UnavailableError."""
+        plans = {str(row["plan"]) for row in self.ledger.workflows().values()} | self.ledger.plans_in_flight()
+        found: set[str] = set()
+        for plan in plans:
+            try:
+                found |= self.plan(plan).pools
+            except NotFoundError:
+                continue  # the rescuer ends its runs
+        return found
+
     def _ring(self, pools: Iterable[str]) -> None:
         """Wake the autoscaler for pools to which something was published, if this process has not just done so."""
         now = time.monotonic()

@@ -16,13 +16,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from orchestrator.celery_app import EVENT_QUEUE, PRIORITIES, broker_errors, queue_name
+from orchestrator.brokers import broker_of
+from orchestrator.celery_app import EVENT_QUEUE, PRIORITIES, queue_name
 from orchestrator.counters import BOUNDS, read_field
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
-from orchestrator.settings import mask_url
+from orchestrator.ledger.pools import PoolRecords
 from orchestrator.workflows import DEFAULT_POOL
 
 #: A server that takes longer is away.
@@ -38,6 +39,12 @@ _COUNTERS = {
         ("workflow", "state"),
     ),
     "events": ("orchestrator_events", "Events that were dealt with, by what came of them.", ("verdict",)),
+    "cpu_seconds": ("orchestrator_step_cpu_seconds", "Processor time that attempts have taken.", ("workflow", "pool")),
+    "gb_seconds": (
+        "orchestrator_step_memory_gb_seconds",
+        "Memory that attempts have taken: the peak of the process for as long as the attempt took.",
+        ("workflow", "pool"),
+    ),
     "dead_letters": ("orchestrator_dead_lettered", "Dead letters that have come, by reason.", ("reason",)),
 }
 _HISTOGRAMS = {
@@ -49,18 +56,28 @@ _HISTOGRAMS = {
 }
 
 
+#: What the autoscaler says of a pool -> (name, what it says).
+_POOL_GAUGES = {
+    "size": ("orchestrator_pool_size", "Processes that a pool has."),
+    "busy": ("orchestrator_pool_busy", "Processes of a pool that are at work."),
+    "workers": ("orchestrator_pool_workers", "Workers of a pool, each with some processes or none."),
+    "desired": ("orchestrator_pool_desired", "Processes that a pool is to have."),
+    "backlog": ("orchestrator_pool_backlog", "Messages that wait for a pool, as the autoscaler has seen it."),
+    "oldest_age_s": ("orchestrator_pool_oldest_age_seconds", "For how long the oldest of them has waited."),
+    "faults": ("orchestrator_pool_faults", "What keeps workers of a pool from starting or working."),
+}
+
+
 class Metrics:
     """What can be seen from here. Safe to share between threads."""
 
     def __init__(self, engine: Engine) -> None:
         settings = engine.settings
         self._settings = settings
-        self._app = engine.app
         self._ledger = Ledger(connect(settings.ledger_url, timeout_s=_TIMEOUT_S))
         #: Whether one server is both, which then need not be asked twice.
         self._is_one = settings.broker_url == settings.ledger_url
-        is_other_redis = settings.has_redis_broker and not self._is_one
-        self._broker = Ledger(connect(settings.broker_url, timeout_s=_TIMEOUT_S)) if is_other_redis else self._ledger
+        self._broker = broker_of(settings, engine.app, timeout_s=_TIMEOUT_S)
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(self._collect))
         ProcessCollector(registry=self._registry)
@@ -76,7 +93,7 @@ class Metrics:
         found = [self._ledger.refusal()]
         if not self._is_one:
             try:
-                self._depths([EVENT_QUEUE])
+                self._broker.depths([EVENT_QUEUE])
             except UnavailableError as exc:
                 found.append(str(exc))
         return [fault for fault in found if fault]
@@ -98,6 +115,7 @@ class Metrics:
             yield GaugeMetricFamily("orchestrator_runs_in_flight", "Runs that have not ended.", value=in_flight)
             yield GaugeMetricFamily("orchestrator_dead_letters", "Dead letters on the list.", value=dead_letters)
             yield GaugeMetricFamily("orchestrator_set_aside", "Messages that are to become them.", value=set_aside)
+            yield from self._pools()
         rows: dict[str, list[tuple[dict[str, str], float]]] = {}
         for text, value in counts.items():
             name, labels = read_field(text)
@@ -109,37 +127,26 @@ class Metrics:
         depths = None
         if is_up or not self._is_one:
             with suppress(UnavailableError):
-                depths = self._depths([EVENT_QUEUE, *names])
+                depths = self._broker.depths([EVENT_QUEUE, *names])
         yield GaugeMetricFamily("orchestrator_broker_up", "Whether the broker answers.", value=depths is not None)
         if depths is not None:
             yield from _waiting(depths[0], dict(zip(names.values(), depths[1:], strict=True)))
 
-    def _depths(self, queues: Sequence[str]) -> list[int]:
-        """Return how many messages wait in queues; 0 for one that nobody has made. Raises UnavailableError."""
-        if self._settings.has_redis_broker:
-            with self._broker.client.pipeline(transaction=False) as pipe:
-                for queue in queues:
-                    pipe.llen(queue)
-                return list(self._broker.guard(pipe.execute))
+    def _pools(self) -> Iterator[Metric]:
+        """What is known of pools; nothing if no autoscaler has said it of late."""
         try:
-            with self._app.connection_for_read(connect_timeout=_TIMEOUT_S) as connection:
-                connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
-                return [_depth(connection, queue) for queue in queues]
-        except broker_errors(self._app) as exc:
-            where = mask_url(self._settings.broker_url)
-            raise UnavailableError(
-                f"the broker at {where} cannot be used ({exc}); start it, or set broker_url"
-            ) from exc
-
-
-def _depth(connection: Any, queue: str) -> int:
-    channel = connection.channel()
-    try:
-        return int(channel.queue_declare(queue, passive=True).message_count)
-    except connection.channel_errors:  # which closes the channel
-        return 0
-    finally:
-        channel.close()
+            states = PoolRecords(self._ledger).current_states()
+        except UnavailableError:
+            return
+        yield GaugeMetricFamily(
+            "orchestrator_autoscaler_up", "Whether an autoscaler has reported of late.", value=states is not None
+        )
+        for name, (title, about) in _POOL_GAUGES.items():
+            family = GaugeMetricFamily(title, about, labels=("pool",))
+            for pool, state in (states or {}).items():
+                value = len(state.faults) if name == "faults" else getattr(state, name)
+                family.add_metric([pool], value or 0)  # the oldest of none has not waited
+            yield family
 
 
 def _waiting(bus: int, depths: Mapping[tuple[str, str], int]) -> Iterator[Metric]:

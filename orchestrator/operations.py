@@ -16,7 +16,7 @@ from orchestrator.errors import InputError, NotFoundError, shorten, unknown
 from orchestrator.eventlog import NOT_IN_FORCE
 from orchestrator.events import Event, foreign_fault, replay_of
 from orchestrator.ledger.queries import Queries
-from orchestrator.runs import run_id
+from orchestrator.runs import cost_of, rfc3339, run_id
 from orchestrator.settings import mask_url
 from orchestrator.workflows import Workflow
 
@@ -55,6 +55,22 @@ def explain_workflow(engine: Engine, name: str, *, since: str, limit: int) -> li
     if all(one["reason"] == NOT_IN_FORCE for one in found):
         workflow_in_force(engine, name)
     return found
+
+
+def costs(engine: Engine, *, since: str) -> dict[str, Any]:
+    """Return what runs have taken since then (as 7d, or a time with its zone), by workflow, the dearest first.
+
+    `items` has workflow, runs, wall_s, cpu_s and gb_s, also of workflows in force that had none: nothing is taken when
+    nothing happens. `total` adds them up. A nested run counts with its own workflow. Raises InputError.
+    """
+    since_ms = parse_since(since, engine.ledger.now_ms())
+    found = Queries(engine.ledger, engine.payloads).costs(since_ms)
+    nothing = {"runs": 0, **cost_of((None, None, None))}
+    by_workflow = {name: found.get(name, nothing) for name in {*found, *engine.ledger.workflows()}}
+    dearest = sorted(by_workflow, key=lambda name: (-by_workflow[name]["gb_s"], -by_workflow[name]["cpu_s"], name))
+    total = {key: round(sum(one[key] for one in by_workflow.values()), 6) for key in nothing}
+    items = [{"workflow": name, **by_workflow[name]} for name in dearest]
+    return {"since": rfc3339(since_ms), "items": items, "total": total}
 
 
 def start_run(engine: Engine, name: str, given: Mapping[str, Any], *, key: str | None = None) -> tuple[str, Event]:

@@ -113,8 +113,8 @@ class Plan:
     def pool(self, step_id: str) -> str:
         """Return the pool of a step; END and waits, which any pool may take, go to the first there is."""
         if step_id != END and not self.steps[step_id].is_wait:
-            return self.steps[step_id].pool
-        return next((step.pool for step in self.steps.values() if not step.is_wait), DEFAULT_POOL)
+            return self.steps[step_id].pool or DEFAULT_POOL
+        return next((step.pool for step in self.steps.values() if not step.is_wait), "") or DEFAULT_POOL
 
     def closure(self, step_ids: Iterable[str]) -> set[str]:
         """Return these steps and all that is downstream of them."""
@@ -139,7 +139,7 @@ class Plan:
             if step.is_fan_out or step.workflow is not None or step.is_wait or len(below) != 1:
                 break
             (following,) = below
-            if len(self.upstream[following]) != 1 or self.pool(following) != step.pool:
+            if len(self.upstream[following]) != 1 or self.pool(following) != self.pool(step.id):
                 break
             path.append(following)
             step_id = following
@@ -182,7 +182,7 @@ class Plan:
         rows = {
             step_id: _dump(
                 [
-                    "*" if step.is_wait else step.pool,
+                    "*" if step.is_wait else self.pool(step.id),
                     str(step.trigger_rule),
                     len(self.upstream[step_id]),
                     list(self.downstream[step_id]),

@@ -13,10 +13,14 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
+#: The pool of steps that name none.
+DEFAULT_POOL = "default"
 #: Upper bounds, in seconds, of the buckets in which a worker counts how long messages took it: 1 ms to 2.3 hours.
 MESSAGE_BOUNDS = tuple(0.001 * 2**k for k in range(24))
 #: A worker that has not reported for this long is gone.
 WORKER_GONE_MS = 10_000
+#: An autoscaler that has decided nothing for this long is gone; another one takes over much sooner, if there is one.
+AUTOSCALER_GONE_MS = 10_000
 #: Target of a worker that is to take nothing at all, not even a message that would wake it.
 STANDBY = -1
 
@@ -74,6 +78,16 @@ class Resources:
         """Read what `to_json` wrote."""
         return cls(**body)
 
+    def __str__(self) -> str:
+        """Say them as a definition does."""
+        given = {"memory": size_text(self.memory or 0), "cpu": f"{self.cpu or 0:g}", "gpu": self.gpu}
+        return ", ".join(f"{name}: {given[name]}" for name in self.to_json()) or "nothing"
+
+
+def size_text(size: float) -> str:
+    """Say a number of bytes as a definition does: 512MB, 1.5GB."""
+    return f"{size / 10**9:g}GB" if size >= 10**9 else f"{size / 10**6:g}MB"
+
 
 def smallest_fitting(resources: Resources, pools: Mapping[str, PoolSettings]) -> str | None:
     """Return the name of the smallest pool that fits: with the fewest GPUs, then the least memory, then cores."""
@@ -81,6 +95,21 @@ def smallest_fitting(resources: Resources, pools: Mapping[str, PoolSettings]) ->
         (pool.gpu, pool.memory or 0, pool.cpu or 1, name) for name, pool in pools.items() if resources.fits(pool)
     ]
     return min(fitting)[-1] if fitting else None
+
+
+def worker_name(pool: str, host: str, pid: int) -> str:
+    """Return the name of a worker: under it it reports, and a launcher on its machine knows it."""
+    return f"{pool}@{host}:{pid}"
+
+
+def pools_to_json(pools: Mapping[str, PoolSettings]) -> dict[str, Any]:
+    """Return pools as plain JSON."""
+    return {name: asdict(pool) for name, pool in pools.items()}
+
+
+def pools_from_json(body: Mapping[str, Any]) -> dict[str, PoolSettings]:
+    """Read what `pools_to_json` wrote."""
+    return {name: PoolSettings(**(pool | {"kind": PoolKind(pool["kind"])})) for name, pool in body.items()}
 
 
 class _Record:
@@ -157,6 +186,10 @@ class PoolState(_Record):
     desired_workers: int = 0
     why: str = ""
     decided_ms: int = 0
+    #: Workers that are to go first when there are more than `desired_workers`.
+    leave: Sequence[str] = ()
+    #: Whether a workflow in force, or a run in flight, has steps for it.
+    is_used: bool = True
     #: A size that somebody has set by hand; None: the autoscaler decides.
     pinned: int | None = None
     #: What keeps workers of the pool from starting or working, in one line each.

@@ -32,9 +32,18 @@ from orchestrator.modules import (
 from orchestrator.modules import code_files as code_files
 from orchestrator.modules import definition_files as definition_files
 from orchestrator.modules import resolve_task as resolve_task
+from orchestrator.pools import (
+    DEFAULT_POOL,
+    PoolKind,
+    PoolSettings,
+    Resources,
+    pools_from_json,
+    pools_to_json,
+    smallest_fitting,
+)
 from orchestrator.recurrence import OnSchedule
 from orchestrator.schema import nearest
-from orchestrator.settings import read_secret
+from orchestrator.settings import FILE_NAME, read_secret
 from orchestrator.signatures import argument_faults
 from orchestrator.signatures import takes_context as takes_context
 from orchestrator.subscriptions import On, OnFile, OnQueue, OnRun, OnWebhook, queue_source, schedule_name, secret_fault
@@ -81,7 +90,7 @@ _NO_DEFAULTS = Defaults()
 def load_project(
     root: Path,
     *,
-    pools: Collection[str] | None = None,
+    pools: Mapping[str, PoolSettings] | None = None,
     defaults: Defaults = _NO_DEFAULTS,
     secrets: Mapping[str, str] | None = None,
 ) -> Project:
@@ -106,7 +115,11 @@ class _Named(NamedTuple):
 
 class _Loading:
     def __init__(
-        self, root: Path, pools: Collection[str] | None, defaults: Defaults, secrets: Mapping[str, str] | None
+        self,
+        root: Path,
+        pools: Mapping[str, PoolSettings] | None,
+        defaults: Defaults,
+        secrets: Mapping[str, str] | None,
     ) -> None:
         self.root = root
         self.pools = pools
@@ -223,10 +236,13 @@ class _Loading:
                 decorated = self._decorated(str(step.task))
             if step.workflow is not None and f"{name}.workflow" not in at_fault:
                 self._check_nested(step, named, fault)
-            if self.pools is not None and step.pool not in self.pools and f"{name}.pool" not in at_fault:
-                fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(self.pools))}", *step.place, "pool")
             of_task = decorated.defaults if decorated is not None else _NO_DEFAULTS
-            steps.append(step.with_defaults(of_task, Defaults(retry=workflow.retry), self.defaults))
+            step = self._with_pool(step.with_defaults(of_task, self._resources), fault, at_fault)
+            project = self.defaults
+            if self._pool(step).kind is PoolKind.THREADS:  # what the project says of all steps is for processes
+                self._check_threads(step, fault)
+                project = replace(project, timeout_s=None, memory=None)
+            steps.append(step.with_defaults(Defaults(retry=workflow.retry), project))
         for number, entry in enumerate(workflow.on):
             if isinstance(entry, OnRun):
                 for name in entry.workflow:
@@ -239,6 +255,49 @@ class _Loading:
                 self._check_queue(entry, ("on", str(number), "queue"), file, definition, fault)
         on = tuple(self._absolute(entry, number, fault) for number, entry in enumerate(workflow.on))
         return replace(workflow, steps=tuple(steps), on=on)
+
+    @property
+    def _resources(self) -> Defaults:
+        return Defaults(resources=self.defaults.resources)
+
+    def _pool(self, step: Step) -> PoolSettings:
+        return (self.pools or {}).get(step.pool or DEFAULT_POOL, PoolSettings())
+
+    def _with_pool(self, step: Step, fault: Callable[..., None], at_fault: Collection[str]) -> Step:
+        """Return the step with its pool: the one that it names, else the smallest that has what it asks for."""
+        name, known = ".".join(step.place), {DEFAULT_POOL: PoolSettings()} if self.pools is None else self.pools
+        if not step.pool and step.resources is None:
+            return step
+        if not step.pool:
+            pool = smallest_fitting(step.resources or Resources(), known)
+            if pool is None:
+                fault(f"no pool fits: {self._lacks(step, known)}", *step.place, "resources")
+            return replace(step, pool=pool or "")
+        if self.pools is not None and step.pool not in known and f"{name}.pool" not in at_fault:
+            fault(f"unknown pool {step.pool!r}; {nearest(step.pool, sorted(known))}", *step.place, "pool")
+        elif step.resources is not None and not step.resources.fits(self._pool(step)):
+            fault(
+                f"does not fit the pool that it names: {self._lacks(step, {step.pool: self._pool(step)})}",
+                *step.place, "resources",
+            )  # fmt: skip
+        return step
+
+    @staticmethod
+    def _lacks(step: Step, pools: Mapping[str, PoolSettings]) -> str:
+        """Say what the step asks for and what the pools have."""
+        have = "; ".join(
+            f"{name} has {Resources(memory=pool.memory, cpu=pool.cpu or 1, gpu=pool.gpu)}"
+            for name, pool in sorted(pools.items())
+        )
+        return f"it asks for {step.resources}, and {have}; give [pools.NAME] of {FILE_NAME} more, or ask for less"
+
+    @staticmethod
+    def _check_threads(step: Step, fault: Callable[..., None]) -> None:
+        for key, value in (("timeout", step.timeout_s), ("memory", step.memory)):
+            if value is not None:
+                message = f"cannot be kept in pool {step.pool or DEFAULT_POOL!r}, whose kind is threads"
+                remedy = "take it away, or use a pool of kind prefork"
+                fault(f"{message}: a thread cannot be ended; {remedy}", *step.place, key)
 
     def _check_webhook(
         self, on: OnWebhook, place: tuple[str, ...], file: str, definition: Definition, fault: Callable[..., None]
@@ -306,9 +365,9 @@ class _Loading:
         for name, message in argument_faults(function, step.with_):
             fault(message, *place, "with", *([name] if name else []))
         decorated = self._decorated(reference)
-        if decorated is not None and decorated.pool is not None and (*place, "pool") not in definition.lines:
+        if decorated is not None and decorated.pool is not None and not step.pool:
             # A pool that the decorator names holds for YAML as well, unless the step says another.
-            step = replace(step, pool=decorated.pool) if file.lower().endswith((".yaml", ".yml")) else step
+            step = replace(step, pool=decorated.pool)
         return replace(step, task=reference)
 
     def _decorated(self, reference: str) -> Task | None:
@@ -373,7 +432,7 @@ class _Loading:
 
 def load_in_subprocess(
     root: Path,
-    pools: Collection[str] | None = None,
+    pools: Mapping[str, PoolSettings] | None = None,
     *,
     defaults: Defaults = _NO_DEFAULTS,
     secrets: Mapping[str, str] | None = None,
@@ -383,7 +442,7 @@ def load_in_subprocess(
     root = root.resolve()
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory; name the project's directory with --project")
-    given = {"pools": None if pools is None else sorted(pools), "defaults": defaults.to_json()}
+    given = {"pools": None if pools is None else pools_to_json(pools), "defaults": defaults.to_json()}
     options = json.dumps(given | {"secrets": None if secrets is None else dict(secrets)})
     command = python_command("from orchestrator.project import main; main(sys.argv[1:])", str(root), options)
     command[1:1] = ["-X", "faulthandler"]
@@ -431,7 +490,7 @@ def _blame(root: Path, reason: str, err: bytes) -> Fault:
 def main(arguments: list[str]) -> None:
     """Load the project ROOT and print it as one JSON object; ends the process.
 
-    OPTIONS, if given, is a JSON object: `pools` (a list or null), `defaults` and `secrets`, as `load_project` takes
+    OPTIONS, if given, is a JSON object: `pools` (a mapping or null), `defaults` and `secrets`, as `load_project` takes
     them.
     """
     options = json.loads(arguments[1]) if arguments[1:] else {}
@@ -439,7 +498,9 @@ def main(arguments: list[str]) -> None:
     secrets = options.get("secrets")
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)  # whatever else writes to stdout, in any language, writes to stderr
-        project = load_project(Path(arguments[0]), pools=options.get("pools"), defaults=defaults, secrets=secrets)
+        given = options.get("pools")
+        pools = None if given is None else pools_from_json(given)
+        project = load_project(Path(arguments[0]), pools=pools, defaults=defaults, secrets=secrets)
         faults = [list(asdict(fault).values()) for fault in project.faults]
         workflows = [workflow.to_json() for workflow in project.workflows.values()]
         json.dump({"workflows": workflows, "faults": faults, "code_hash": project.code_hash}, answer)

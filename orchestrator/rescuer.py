@@ -39,7 +39,7 @@ class Rescuer(LeadingService):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._broker: Broker = broker_of(engine.settings)
+        self._broker: Broker = broker_of(engine.settings, engine.app)
         self._rounds = 0
         #: Server's time of the last round, and until when leases that have run out are left alone.
         self._seen_ms = 0

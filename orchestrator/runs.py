@@ -10,8 +10,8 @@ A cancel that was asked for is a flag of the run (`cancel_requested`), not a sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -155,6 +155,8 @@ class StepRun:
     `items` counts the items of a fan-out by state; None for other steps. Times are RFC 3339 in UTC. `code` is the hash
     of the project's code that ran the last attempt; `losses` counts workers that died or lost their lease in it.
     `error` is that of the last attempt; `due_at` when the next one, or the end of a wait, is due; `run` a nested run.
+    `usage` is what the last attempt took: wall_s, cpu_s, memory (bytes at its peak; null: not known), queued_s (its
+    wait before). `cost` adds up all attempts, of all items: wall_s, cpu_s, gb_s; None for an item.
     """
 
     id: str
@@ -171,6 +173,8 @@ class StepRun:
     output: Any = None
     run: str | None = None
     due_at: str | None = None
+    usage: Mapping[str, Any] | None = None
+    cost: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -185,7 +189,10 @@ class StepRun:
             "error": self.error,
             "items": None if self.items is None else dict(self.items),
             "output": self.output,
+            "usage": self.usage,
         }
+        if self.cost is not None:
+            body["cost"] = self.cost
         if self.index is not None:
             body["index"] = self.index
         if self.run is not None:
@@ -197,7 +204,11 @@ class StepRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One execution of a workflow. `input` holds the parameters as they were resolved."""
+    """One execution of a workflow. `input` holds the parameters as they were resolved.
+
+    `cost` adds up what all attempts of its steps took, over all episodes: wall_s, cpu_s, gb_s (GB-seconds: the peak of
+    the process's memory for as long as the attempt took). Nested runs have their own.
+    """
 
     id: str
     workflow: str
@@ -213,6 +224,7 @@ class Run:
     finished_at: str | None = None
     parent: Mapping[str, Any] | None = None
     cancel_requested: bool = False
+    cost: Mapping[str, float] = field(default_factory=lambda: cost_of((None, None, None)))
     steps: tuple[StepRun, ...] = ()
 
     def to_json(self, *, with_steps: bool = True) -> dict[str, Any]:
@@ -232,10 +244,17 @@ class Run:
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
+            "cost": self.cost,
         }
         if with_steps:
             body["steps"] = [step.to_json() for step in self.steps]
         return body
+
+
+def cost_of(used: Sequence[str | None]) -> dict[str, float]:
+    """Return what the ledger has added up (us on the clock, us of processors, MB-ms) as seconds and GB-seconds."""
+    wall_s, cpu_s, gb_s = (round(int(number or 0) / 1e6, 6) for number in used)
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "gb_s": gb_s}
 
 
 def rfc3339(milliseconds: int | float | None) -> str | None:

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from orchestrator import workflows
+from orchestrator import pools, workflows
 from orchestrator.errors import nearest as nearest
 from orchestrator.errors import one_of, shorten
 from orchestrator.on_schema import KINDS, OnEntry, on_model
 from orchestrator.pools import PoolKind, PoolSettings
 from orchestrator.retries import MOST_ATTEMPTS, Jitter, RetryPolicy, read_policy
 from orchestrator.shapes import DURATION_SCHEMA, SIZE_SCHEMA, Model, Timeout, parse_size
-from orchestrator.workflows import DEFAULT_POOL, Param
+from orchestrator.workflows import Param
 
 Place = tuple[str, ...]
 
@@ -80,16 +80,30 @@ _If = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boo
 _Param = Annotated[Param, BeforeValidator(_long_param, json_schema_input_type=Param | Literal[_TYPE_NAMES])]
 
 
+class Resources(Model):
+    """What a process that runs a step must have at least."""
+
+    memory: _Memory = Field(default=None, description="Memory: bytes, 512MB, 2GiB.")
+    cpu: _Cores = Field(default=None, description="Cores.")
+    gpu: int = Field(default=0, ge=0, le=_MOST_CORES, description="GPUs.")
+
+    def build(self) -> pools.Resources:
+        """Return the domain's form of it."""
+        return pools.Resources(memory=self.memory, cpu=self.cpu, gpu=self.gpu)
+
+
 class Defaults(Model):
     """What `[defaults]` of a project and `@task` can say of steps."""
 
     retry: _Retry = None
     timeout: Timeout = None
     memory: _Memory = None
+    resources: Resources | None = None
 
     def build(self) -> workflows.Defaults:
         """Return the domain's form of it."""
-        return workflows.Defaults(retry=self.retry, timeout_s=self.timeout, memory=self.memory)
+        resources = None if self.resources is None else self.resources.build()
+        return workflows.Defaults(retry=self.retry, timeout_s=self.timeout, memory=self.memory, resources=resources)
 
 
 class Target(Model):
@@ -175,8 +189,17 @@ class Step(Model):
     retry: _Retry = Field(default=None, description="How often a failed attempt is tried again; a number for short.")
     timeout: Timeout = Field(default=None, description="How long one attempt may take: seconds, 500ms, 1s, 5m.")
     memory: _Memory = Field(default=None, description="How much memory an attempt may use: bytes, 512MB, 2GiB.")
-    pool: str = Field(default=DEFAULT_POOL, min_length=1, description="Worker pool that runs the step.")
+    resources: Resources | None = Field(
+        default=None, description="What a process that runs it must have: picks the smallest pool that fits."
+    )
+    pool: str | None = Field(
+        default=None, min_length=1, description="Worker pool that runs the step; `default` if it says nothing."
+    )
     description: str = Field(default="", description="For people.")
+
+    def build_resources(self) -> pools.Resources | None:
+        """Return the domain's form of its resources."""
+        return None if self.resources is None else self.resources.build()
 
 
 class File(Model):
@@ -314,4 +337,6 @@ def _known_keys(place: Place) -> list[str]:
         model = on_model(place) if place[0] == "on" else models.get(place[0], Step)
         if place[0] == "pools" and place[2:] == ("target",):
             model = Target
+        if place[-1] == "resources" and len(place) in (2, 3):
+            model = Resources
     return [field.alias or name for name, field in model.model_fields.items()]

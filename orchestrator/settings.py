@@ -43,9 +43,9 @@ class Settings:
 
     project: Path
     data_dir: Path
-    #: Where messages travel; a Redis or an AMQP (RabbitMQ) URL.
+    #: Where messages travel; a Redis or an AMQP (RabbitMQ) URL, given as such or as `env:NAME` or `file:PATH`.
     broker_url: str = ""
-    #: Where runs are recorded; a Redis URL.
+    #: Where runs are recorded; a Redis URL, given alike.
     ledger_url: str = ""
     #: Where large values are kept; `file:///...`.
     blobs_url: str = ""
@@ -87,6 +87,8 @@ class Settings:
     rescan_s: float = 30.0
     #: Where dead letters are reported: a Sentry DSN, or `env:NAME` or `file:PATH` of one; empty: nowhere.
     sentry_dsn: str = field(default="", repr=False)
+    #: A file that a role of its own touches every second as long as it does its work; empty: none.
+    health_file: str = ""
     pools: Mapping[str, PoolSettings] = field(default_factory=dict)
     #: Name -> `env:NAME` or `file:PATH`; what `{{ secrets.NAME }}` reads.
     secrets: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +117,8 @@ class Settings:
         for name, value in flags.items():
             if value is not None:
                 _set(values, kinds, name, value, f"--{name.replace('_', '-')}", problems)
+        for name in ("broker_url", "ledger_url"):
+            _resolve(values, name, problems)
         values["pools"] = _pools(table.get("pools", {}), problems)
         values["secrets"] = _secrets(table.get("secrets", {}), problems)
         values["defaults"] = _defaults(table.get("defaults", {}), problems)
@@ -184,6 +188,19 @@ class Settings:
     def declared_pools(self) -> Mapping[str, PoolSettings] | None:
         """The pools that a step may name; None when none is declared, and then any name is a pool."""
         return {DEFAULT_POOL: PoolSettings(), **self.pools} if self.pools else None
+
+
+def _resolve(values: dict[str, Any], name: str, problems: list[str]) -> None:
+    """Put the URL in the place of a reference to it."""
+    if values.get(name, "").startswith(("env:", "file:")):
+        reference = values.pop(name)
+        try:
+            values[name] = read_secret(reference).strip()
+        except SettingsError as exc:
+            problems.append(f"{name}: {exc}")
+        else:
+            if not values[name]:
+                problems.append(f"{name}: what {reference} holds is empty")
 
 
 def _scheme(url: str) -> str:

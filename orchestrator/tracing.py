@@ -10,8 +10,8 @@
 Outside a workflow a task is the plain function. Inside, a call adds a step and returns an `Output` (outputs.py), which
 stands for what the step will give. `total.map(xs)` is `foreach`: the function's first parameter gets each item; other
 arguments are given by keyword. `total.options(id=..., if_=..., needs=[...], trigger_rule=..., retry=..., timeout=...,
-memory=..., pool=..., max_parallel=..., description=...)(xs)` says the rest. A workflow that is called inside another
-one is a nested run. `sleep("1h")` and `until(event.data["due"])` add steps that wait.
+memory=..., resources=..., pool=..., max_parallel=..., description=...)(xs)` says the rest. A workflow that is called
+inside another one is a nested run. `sleep("1h")` and `until(event.data["due"])` add steps that wait.
 
 `@workflow(on_failure=tell, finally_=clean)` names plain functions that draw the steps of those hooks. Their parameters
 are given by name: `event`, `run`, the workflow's parameters, and the ids of its steps, which stand for their outputs.
@@ -48,7 +48,7 @@ from orchestrator.retries import RetryPolicy
 from orchestrator.schema import Place, nearest, shape_faults
 from orchestrator.signatures import CONTEXT, argument_faults, param_of, parameters_of
 from orchestrator.subscriptions import UNREADABLE, On, OnEvent
-from orchestrator.workflows import DEFAULT_POOL, Defaults, Param, Phase, Step, TriggerRule, Workflow
+from orchestrator.workflows import Defaults, Param, Phase, Step, TriggerRule, Workflow
 
 #: Parameters of a workflow function that are not parameters of the workflow.
 SPECIAL = ("event", "run")
@@ -61,7 +61,8 @@ _called: dict[int, tuple[On, str, int]] = {}
 
 #: What `.options(...)` can say about one step.
 _OPTIONS = (
-    "id", "if_", "needs", "trigger_rule", "retry", "timeout", "memory", "pool", "max_parallel", "description"
+    "id", "if_", "needs", "trigger_rule", "retry", "timeout", "memory", "resources", "pool", "max_parallel",
+    "description",
 )  # fmt: skip
 _NOT_MAPPED: Any = object()
 #: What stands for a wait whose value cannot be read: that is a fault already.
@@ -208,13 +209,14 @@ def task(
     retry: RetryPolicy | int | None = None,
     timeout: str | float | None = None,
     memory: str | int | None = None,
+    resources: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Task]: ...
 def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function one that can be a step: `@task`, or `@task(name=..., pool=..., retry=..., timeout=...)`.
 
     What it says holds for every step of this task that does not say otherwise itself, in YAML too.
     """
-    defaults = _defaults("task", options, ("name", "pool", "retry", "timeout", "memory"))
+    defaults = _defaults("task", options, ("name", "pool", "retry", "timeout", "memory", "resources"))
     if function is not None:
         return Task(function)
     name, pool = options.get("name"), options.get("pool")
@@ -261,7 +263,9 @@ def _defaults(what: str, options: Mapping[str, Any], known: tuple[str, ...]) -> 
         (f"{what}.{key}", f"unknown argument {key!r}; {nearest(key, known)}") for key in options if key not in known
     ]
     given = {
-        key: options[key] for key in ("retry", "timeout", "memory") if key in known and options.get(key) is not None
+        key: options[key]
+        for key in ("retry", "timeout", "memory", "resources")
+        if key in known and options.get(key) is not None
     }
     defaults = Defaults()
     try:
@@ -468,7 +472,8 @@ class _Tracer:
             retry=checked.retry,
             timeout_s=checked.timeout,
             memory=checked.memory,
-            pool=pool or DEFAULT_POOL,
+            resources=checked.build_resources(),
+            pool=pool or "",
             description=checked.description,
         )
         return Output(step_id, step=step_id)

@@ -21,10 +21,11 @@ from orchestrator.durations import parse_duration, parse_time
 from orchestrator.errors import ExpressionError, InputError, shorten
 from orchestrator.errors import unknown as unknown
 from orchestrator.expressions import References, evaluate, references
+from orchestrator.pools import DEFAULT_POOL as DEFAULT_POOL
+from orchestrator.pools import Resources
 from orchestrator.retries import RetryPolicy
 from orchestrator.subscriptions import On, on_faults, on_from_json, on_to_json
 
-DEFAULT_POOL = "default"
 #: What expressions may read of `run`: everywhere, and besides in the steps of hooks, when the run has an outcome.
 RUN_FACTS = ("id", "workflow", "created_at", "episode")
 HOOK_FACTS = ("state", "failures", "error")
@@ -70,20 +71,37 @@ class Defaults:
     retry: RetryPolicy | None = None
     timeout_s: float | None = None
     memory: int | None = None
+    resources: Resources | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return them as plain JSON, without what is not given."""
-        return _attempt_to_json(self.retry, self.timeout_s, self.memory)
+        return _attempt_to_json(self.retry, self.timeout_s, self.memory, self.resources)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Defaults:
         """Read what `to_json` wrote."""
-        return cls(retry=_retry_from_json(body), timeout_s=body.get("timeout"), memory=body.get("memory"))
+        return cls(
+            retry=_retry_from_json(body),
+            timeout_s=body.get("timeout"),
+            memory=body.get("memory"),
+            resources=_resources_from_json(body),
+        )
 
 
-def _attempt_to_json(retry: RetryPolicy | None, timeout_s: float | None, memory: int | None = None) -> dict[str, Any]:
-    given = {"retry": None if retry is None else retry.to_json(), "timeout": timeout_s, "memory": memory}
+def _attempt_to_json(
+    retry: RetryPolicy | None, timeout_s: float | None, memory: int | None = None, resources: Resources | None = None
+) -> dict[str, Any]:
+    given = {
+        "retry": None if retry is None else retry.to_json(),
+        "timeout": timeout_s,
+        "memory": memory,
+        "resources": None if resources is None else resources.to_json(),
+    }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _resources_from_json(body: Mapping[str, Any]) -> Resources | None:
+    return Resources.from_json(body["resources"]) if "resources" in body else None
 
 
 def _retry_from_json(body: Mapping[str, Any]) -> RetryPolicy | None:
@@ -97,7 +115,8 @@ class Step:
     `with_`, `if_`, `foreach`, `sleep` and `until` are template data (expressions.py). `task` is `module:function` or a
     registered name. Exactly one of `task`, `workflow`, `sleep` (a duration, durations.py) and `until` (a time,
     RFC 3339) is given. `max_parallel` bounds the items of `foreach` in work. `timeout_s` and `memory` (bytes) are
-    limits of one attempt; without `retry` there is one.
+    limits of one attempt; without `retry` there is one. `pool` is the one that it names, or that project.py has
+    found it by its `resources`; empty: DEFAULT_POOL.
     """
 
     id: str
@@ -115,7 +134,8 @@ class Step:
     retry: RetryPolicy | None = None
     timeout_s: float | None = None
     memory: int | None = None
-    pool: str = DEFAULT_POOL
+    resources: Resources | None = None
+    pool: str = ""
     description: str = ""
 
     @property
@@ -152,6 +172,7 @@ class Step:
             retry=_first(self.retry, *(defaults.retry for defaults in around)),
             timeout_s=_first(self.timeout_s, *(defaults.timeout_s for defaults in around)),
             memory=_first(self.memory, *(defaults.memory for defaults in around)),
+            resources=_first(self.resources, *(defaults.resources for defaults in around)),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -169,12 +190,12 @@ class Step:
             ("max_parallel", self.max_parallel, None),
             ("if", self.if_, None),
             ("trigger_rule", str(self.trigger_rule), "all_success"),
-            ("pool", self.pool, DEFAULT_POOL),
+            ("pool", self.pool, ""),
             ("description", self.description, ""),
         ):
             if value != default:
                 body[name] = value
-        return body | _attempt_to_json(self.retry, self.timeout_s, self.memory)
+        return body | _attempt_to_json(self.retry, self.timeout_s, self.memory, self.resources)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Step:
@@ -195,7 +216,8 @@ class Step:
             retry=_retry_from_json(body),
             timeout_s=body.get("timeout"),
             memory=body.get("memory"),
-            pool=body.get("pool", DEFAULT_POOL),
+            resources=_resources_from_json(body),
+            pool=body.get("pool", ""),
             description=body.get("description", ""),
         )
 
@@ -558,7 +580,8 @@ def _kind_faults(step: Step) -> _Faults:
             "with": bool(step.with_),
             "retry": step.retry is not None,
             "timeout": step.timeout_s is not None,
-            "pool": step.pool != DEFAULT_POOL,
+            "pool": step.pool not in ("", DEFAULT_POOL),
+            "resources": step.resources is not None,
         }
         for key in (key for key, is_given in given.items() if is_given):
             found.append(((*step.place, key), "belongs to a step with `task:` or `workflow:`; this one only waits"))

@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from billiard.pool import RUN
 from celery.concurrency.asynpool import AsynPool, Worker
 from celery.concurrency.prefork import TaskPool
+from celery.worker.state import task_ready
 
 from workers.slots import Exit, Slots
 
@@ -67,6 +69,14 @@ class _Child(Worker):  # type: ignore[misc]  # celery has no types
         os.register_at_fork(before=hold, after_in_parent=go_on, after_in_child=_end_as_others_do)
         super().on_loop_start(pid)
 
+    def _do_exit(self, pid: int, exitcode: int | None, exc: Exception | None = None) -> None:
+        """End. billiard would tell its parent so, and wait a second for the SIGTERM that comes in answer."""
+        try:
+            if self.on_exit is not None:
+                self.on_exit(pid, exitcode or 0)
+        finally:
+            os._exit(exitcode if exitcode is not None else int(exc is not None))
+
 
 def _mask(how: int) -> None:
     signal.pthread_sigmask(how, _STOPS)
@@ -84,25 +94,195 @@ def _end_as_others_do() -> None:
     _mask(signal.SIG_UNBLOCK)
 
 
+class Children(AsynPool):  # type: ignore[misc]  # celery has no types
+    """The children of a worker, each with the slot of its index; none to begin with (sizing.py says how many).
+
+    All of it is done in the event loop. A child leaves so: it is told by its slot to begin nothing further, and when
+    its message has ended, or at once if it has none, nothing more is written to it and it is sent what ends it. Celery
+    would send it SIGTERM. Nobody else takes the slot of a child until that is gone.
+    """
+
+    Worker = _Child
+    #: Set by `pool_of`.
+    slots: Slots
+    out_of_memory: OutOfMemory
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: How children have ended that never became ready, since somebody last looked.
+        self.failed_starts: list[str] = []
+        self.has_started = False
+        super().__init__(*args, **kwargs)
+
+    def WorkerProcess(self, worker: Any) -> Any:  # noqa: N802 -- billiard's name
+        child = super().WorkerProcess(worker)
+        child.is_up = child.is_leaving = child.is_told = False
+        return child
+
+    # What there is
+
+    @property
+    def size(self) -> int:
+        """How many children there are, also those that start and those that leave."""
+        return len(self._pool)
+
+    @property
+    def staying(self) -> list[Any]:
+        """Those that do not leave."""
+        return [child for child in self._pool if not child.is_leaving]
+
+    @property
+    def busy(self) -> int:
+        """How many of those have a message."""
+        return sum(map(self._is_busy, self.staying))
+
+    @property
+    def busy_leaving(self) -> int:
+        """How many have a message and leave after it."""
+        return sum(child.is_leaving and self._is_busy(child) for child in self._pool)
+
+    @property
+    def waiting(self) -> int:
+        """How many messages have been taken that no child has yet."""
+        return len(self.outbound_buffer)
+
+    def _is_busy(self, child: Any) -> bool:
+        return child.inqW_fd in self._busy_workers or child.inqW_fd in self._active_writes
+
+    # How there are more
+
+    def start(self) -> None:
+        """Start a child, in a slot that is free. Raises OSError if the system has no room for it."""
+        taken = {child.index for child in self._pool}
+        index = next(index for index in range(self.slots.count) if index not in taken)
+        self.slots.set_leaving(index, 0)
+        there = len(self._pool)
+        try:
+            self._create_worker_process(index)
+        except OSError:
+            self._queues.update({queues: None for queues, owner in self._queues.items() if owner in self._pool[there:]})
+            del self._pool[there:]
+            raise
+
+    def get_process_queues(self) -> Any:
+        if None not in self._queues.values():
+            self._queues[self.create_process_queues()] = None
+        return super().get_process_queues()
+
+    def on_process_alive(self, pid: int) -> None:
+        super().on_process_alive(pid)
+        for child in self._pool:
+            if child.pid == pid:
+                child.is_up = self.has_started = True
+                if child.is_leaving:
+                    self._end(child)
+
+    # How there are fewer
+
+    def leave(self, count: int) -> None:
+        """Have so many leave: those first that have nothing to do, then those whose messages began last."""
+        staying = sorted(self.staying, key=lambda child: self._is_busy(child) and self.slots.message_since(child.index))
+        idle, busy = [[c for c in staying if self._is_busy(c) is is_busy] for is_busy in (False, True)]
+        for child in (*idle, *reversed(busy))[:count]:
+            child.is_leaving = True
+            self.slots.set_leaving(child.index, child.pid)
+        self.end_leaving()
+
+    def keep(self, count: int) -> int:
+        """Have up to so many of those that leave stay after all; answers how many."""
+        kept = 0
+        for child in self._pool:
+            is_spent = self.slots.is_spent(child.index, child.pid)
+            if kept < count and child.is_leaving and not child.is_told and not is_spent:
+                child.is_leaving = False
+                self.slots.set_leaving(child.index, 0)
+                kept += 1
+        return kept
+
+    def on_job_ready(self, job: Any, i: Any, obj: Any, pipe: int) -> None:
+        child = self._fileno_to_inq.get(pipe)
+        if child is not None and self.slots.is_leaving(child.index, child.pid):
+            self._end(child)  # before anything else is written to it
+        super().on_job_ready(job, i, obj, pipe)
+
+    def end_leaving(self) -> None:
+        """End those that leave and have nothing to do."""
+        for child in self._pool:
+            if child.is_leaving and child.is_up and not self._is_busy(child):
+                self._end(child)
+
+    def _end(self, child: Any) -> None:
+        if child.is_told:
+            return
+        child.is_leaving = True
+        self._all_inqueues.discard(child.inqW_fd)
+        self.hub_remove(child.inqW_fd)
+        with suppress(BlockingIOError):  # there is no room in its pipe: the next look tries again
+            child.inq.put(None)
+            child.is_told = child._controlled_termination = True
+
+    def give_back(self, count: int) -> None:
+        """Give back the last messages that no child has: others may have room for them."""
+        for _ in range(min(count, self.waiting)):
+            job = self.outbound_buffer.pop()
+            job.discard()
+            request = job._accept_callback.__self__
+            task_ready(request)
+            request.reject(requeue=True)
+
+    # How they end
+
+    def maintain_pool(self) -> None:
+        """Note which have ended. What Celery does beyond that, replace them, is decided elsewhere (sizing.py)."""
+        if self._state == RUN:
+            self._join_exited_workers()
+
+    def did_start_ok(self) -> bool:
+        return True
+
+    def _join_exited_workers(self, *, shutdown: bool = False) -> Any:
+        before = list(self._pool)
+        codes = super()._join_exited_workers(shutdown=shutdown)
+        for child in before if codes else ():
+            if child not in self._pool and not child.is_up:
+                self.failed_starts.append(describe(self.slots.exit_of(child.index, child.pid)))
+        if codes and not shutdown:
+            # A message, or what was to end the child, may be in its pipe yet: the next one gets pipes of its own.
+            for queues, owner in list(self._queues.items()):
+                if owner is not None and owner not in self._pool:
+                    self.destroy_queues(queues, owner)
+        return codes
+
+    def _process_cleanup_queues(self, proc: Any) -> None:
+        """Nothing: Celery would leave them to the next child."""
+
+    def process_flush_queues(self, proc: Any) -> None:
+        # Called of each child that has ended, between its end being known and its replacement.
+        code = proc.exitcode
+        if code is not None:
+            is_out_of_memory = code == -signal.SIGKILL and self.out_of_memory.is_likely(time.monotonic())
+            self.slots.note_exit(proc.index, proc.pid, Exit(code, is_out_of_memory))
+            self.slots.forget_message(proc.index)
+        super().process_flush_queues(proc)
+
+    def terminate_job(self, pid: int, _signal: int | None = None) -> None:
+        super().terminate_job(pid, signal.SIGKILL)
+
+
 def pool_of(slots: Slots, out_of_memory: OutOfMemory) -> type[Any]:
-    """Return a prefork pool that notes in the slots how children have ended, before it replaces them."""
+    """Return a prefork pool for Celery whose children have these slots."""
 
-    class NotingPool(AsynPool):  # type: ignore[misc]  # celery has no types
-        Worker = _Child
+    class SlotChildren(Children):
+        pass
 
-        def terminate_job(self, pid: int, _signal: int | None = None) -> None:
-            super().terminate_job(pid, signal.SIGKILL)
+    SlotChildren.slots, SlotChildren.out_of_memory = slots, out_of_memory
 
-        def process_flush_queues(self, proc: Any) -> None:
-            # Called of each child that has ended, between its end being known and its replacement.
-            code = proc.exitcode
-            if code is not None:
-                is_out_of_memory = code == -signal.SIGKILL and out_of_memory.is_likely(time.monotonic())
-                slots.note_exit(proc.index, proc.pid, Exit(code, is_out_of_memory))
-            super().process_flush_queues(proc)
+    class SlotTaskPool(TaskPool):  # type: ignore[misc]  # celery has no types
+        Pool = SlotChildren
 
-    class NotingTaskPool(TaskPool):  # type: ignore[misc]  # celery has no types
-        Pool = NotingPool
+        @property
+        def processes(self) -> Children | None:
+            """The children, while the pool is open."""
+            return self._pool if self._pool is not None and self._pool._state == RUN else None
 
         def on_terminate(self) -> None:
             # Celery would send them SIGTERM, and wait.
@@ -111,7 +291,7 @@ def pool_of(slots: Slots, out_of_memory: OutOfMemory) -> type[Any]:
                     os.kill(child.pid, signal.SIGKILL)
             super().on_terminate()
 
-    return NotingTaskPool
+    return SlotTaskPool
 
 
 def describe(exit_: Exit | None) -> str:

@@ -16,12 +16,9 @@ from orchestrator.remote_control import Command, revoke
 from orchestrator.runs import parse_task_id
 from orchestrator.telemetry import get_logger
 from workers.slots import Slots, Work
-from workers.task_events import Monitoring, StepEvents, Told
+from workers.task_events import Monitoring, Told
 
 log = get_logger(__name__)
-
-#: A tool that asks for events of tasks does so again every few seconds, as long as it wants them.
-_ASKED_FOR_S = 15.0
 
 
 class Commands:
@@ -32,7 +29,6 @@ class Commands:
         engine: Engine,
         slots: Slots,
         monitoring: Monitoring,
-        events: StepEvents,
         *,
         pool: str,
         worker: str,
@@ -41,7 +37,6 @@ class Commands:
         self._engine = engine
         self._slots = slots
         self._monitoring = monitoring
-        self._events = events
         self._pool = pool
         self._worker = worker
         self._controller = controller
@@ -60,13 +55,9 @@ class Commands:
             "conf": self._conf,
             "revoke": self._revoke,
             "heartbeat": lambda **_: self._monitoring.beat(),
-            "enable_events": self._enable_events,
+            "enable_events": lambda **_: {"ok": "task events enabled"},  # the control process sees to it
             "disable_events": lambda **_: {"ok": "they stop by themselves when nobody asks for them"},
         }
-
-    def _enable_events(self, **_: Any) -> dict[str, str]:
-        self._monitoring.ask_for(_ASKED_FOR_S)
-        return {"ok": "task events enabled"}
 
     def _revoke(self, task_id: Any = None, **_: Any) -> dict[str, Any]:
         return revoke(self._engine, task_id)

@@ -21,8 +21,6 @@ log = get_logger(__name__)
 
 #: Pause before a broker that is away is tried again: the first, what is added each time, the longest.
 _PAUSES_S = (0.2, 0.3, 2.0)
-#: How often to look for children that have died. Celery waits 5 s, or for a pipe that a sibling may hold open.
-_REPLACE_S = 0.5
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -40,22 +38,40 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         super().__init__(*args, **kwargs)
         self._ledger = ledger
         self._outage = Outage(log, "consumer")
+        #: Whether it takes no messages for now.
+        self.is_standing_by = False
         # Celery's own lines about it: one for each try, and one for each message in work, which then comes again.
         logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)
         logging.getLogger("celery.worker.request").addFilter(_is_news)
         logging.getLogger("multiprocessing").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
-    def register_with_event_loop(self, hub: Any) -> None:
-        super().register_with_event_loop(hub)
-        hub.call_repeatedly(_REPLACE_S, self.pool.maintain_pool)
+    def take(self, room: int) -> None:
+        """Take up to `room` messages from now on that are not done with."""
+        if self.qos is not None:
+            self.initial_prefetch_count = room  # also after the connection was lost
+            self.qos.value = room  # the event loop tells the broker
+
+    def stand_by(self) -> None:
+        """Take no messages any more; what was taken stays. Idempotent."""
+        if not self.is_standing_by and self.task_consumer is not None:
+            self.is_standing_by = True
+            self.task_consumer.cancel()
+
+    def go_on(self) -> None:
+        """Take messages again. Idempotent."""
+        if self.is_standing_by and self.task_consumer is not None:
+            self.is_standing_by = False
+            self.task_consumer.consume()
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> None:
             fault = fault_of(message)
-            if fault:
+            if self.is_standing_by:  # it was on its way
+                message.requeue()
+            elif fault:
                 self._set_aside(message, *fault)
             else:
                 handle(message)
@@ -94,6 +110,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
 
     def on_ready(self) -> None:
         super().on_ready()
+        if self.is_standing_by and self.task_consumer is not None:  # Celery has begun to consume, as at its start
+            self.task_consumer.cancel()
         self._outage.ends()
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:

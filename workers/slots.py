@@ -15,12 +15,15 @@ import mmap
 import os
 import struct
 import time
+from bisect import bisect_left
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from orchestrator.pools import MESSAGE_BOUNDS
+
 _HEADER = 64
-_SLOT = 1024
+_SLOT = 1280
 _NUMBER = struct.Struct("<Q")
 #: sequence, pid, fence, attempt, tries, index, when the unit began, when the item began (monotonic), lengths of run
 #: and unit
@@ -33,7 +36,16 @@ _HEEDED_AT = 88
 _INTERRUPT, _INTERRUPT_AT = struct.Struct("<QQ"), 96
 #: By the parent: exit code (negative: the signal), whether memory was short, and the pid of the child that has ended.
 _EXIT, _EXIT_AT = struct.Struct("<qQQ"), 112
-_TEXT_AT = 136
+#: The ids of what runs.
+_TEXT_AT, _TEXT_END = 136, 1024
+#: By the child: when its message began (monotonic; 0.0: it has none), and the pid of one that has done its number of
+#: steps. Over all children that this slot has had: seconds for which messages were in work, and how many ended in each
+#: bucket of MESSAGE_BOUNDS, and one beyond.
+_SINCE, _SINCE_AT = struct.Struct("<d"), 1024
+_SPENT_AT = 1032
+_SERVED, _SERVED_AT = struct.Struct(f"<d{len(MESSAGE_BOUNDS) + 1}Q"), 1040
+#: By the parent: the pid of a child that is to leave.
+_LEAVING_AT = 1272
 
 
 class Stop(IntEnum):
@@ -103,12 +115,12 @@ class Slots:
 
     @property
     def is_monitored(self) -> bool:
-        """Whether somebody watches what the children do (task_events.py)."""
+        """Whether somebody watches, and the children shall send events of what they do."""
         return self._memory[1] == 1
 
     @is_monitored.setter
     def is_monitored(self, value: bool) -> None:
-        self._memory[1] = value
+        self._memory[1] = int(value)
 
     # What the child writes
 
@@ -120,7 +132,7 @@ class Slots:
         memory = self._memory
         (sequence,) = _NUMBER.unpack_from(memory, base)
         run_bytes, unit_bytes = run.encode(), unit.encode()
-        if _TEXT_AT + len(run_bytes) + len(unit_bytes) > _SLOT:  # behind it is what another child runs
+        if _TEXT_AT + len(run_bytes) + len(unit_bytes) > _TEXT_END:  # behind it is something else
             raise ValueError(f"ids of {len(run_bytes)} and {len(unit_bytes)} bytes are too long")
         _NUMBER.pack_into(memory, base, sequence | 1)
         end = base + _TEXT_AT + len(run_bytes) + len(unit_bytes)
@@ -157,7 +169,37 @@ class Slots:
         """Note that an interrupt has reached what has this number: no further signal is wanted."""
         _NUMBER.pack_into(self._memory, _HEADER + slot * _SLOT + _HEEDED_AT, number)
 
+    def begin_message(self, slot: int) -> None:
+        """Note that this process has a message from now on."""
+        _SINCE.pack_into(self._memory, _HEADER + slot * _SLOT + _SINCE_AT, time.monotonic())
+
+    def end_message(self, slot: int) -> None:
+        """Note that this process is done with its message, and how long that took."""
+        base = _HEADER + slot * _SLOT
+        seconds = time.monotonic() - _SINCE.unpack_from(self._memory, base + _SINCE_AT)[0]
+        busy_s, *served = _SERVED.unpack_from(self._memory, base + _SERVED_AT)
+        served[bisect_left(MESSAGE_BOUNDS, seconds)] += 1
+        _SERVED.pack_into(self._memory, base + _SERVED_AT, busy_s + seconds, *served)
+        _SINCE.pack_into(self._memory, base + _SINCE_AT, 0.0)
+
+    def spend(self, slot: int) -> None:
+        """Note that this process has done its number of steps, and is to be replaced."""
+        _NUMBER.pack_into(self._memory, _HEADER + slot * _SLOT + _SPENT_AT, os.getpid())
+
     # What the parent writes
+
+    def set_leaving(self, slot: int, pid: int) -> None:
+        """Have the child `pid` begin nothing further after what it runs; 0: nobody (any more)."""
+        _NUMBER.pack_into(self._memory, _HEADER + slot * _SLOT + _LEAVING_AT, pid)
+
+    def forget_message(self, slot: int) -> None:
+        """Note that nobody has a message in this slot any more, done or not. The time that it took is kept."""
+        base = _HEADER + slot * _SLOT
+        (since,) = _SINCE.unpack_from(self._memory, base + _SINCE_AT)
+        if since:
+            (busy_s,) = _SINCE.unpack_from(self._memory, base + _SERVED_AT)
+            _SINCE.pack_into(self._memory, base + _SERVED_AT, busy_s + time.monotonic() - since)
+            _SINCE.pack_into(self._memory, base + _SINCE_AT, 0.0)
 
     def interrupt(self, slot: int, number: int, reason: Stop) -> None:
         """Have what has this number stopped; a signal then makes the child look."""
@@ -168,6 +210,25 @@ class Slots:
         _EXIT.pack_into(self._memory, _HEADER + slot * _SLOT + _EXIT_AT, exit_.code, exit_.is_out_of_memory, pid)
 
     # What both read
+
+    def is_leaving(self, slot: int, pid: int) -> bool:
+        """Whether the child `pid` is to begin nothing further."""
+        base = _HEADER + slot * _SLOT
+        leaving, spent = (_NUMBER.unpack_from(self._memory, base + at)[0] for at in (_LEAVING_AT, _SPENT_AT))
+        return pid in (leaving, spent)
+
+    def is_spent(self, slot: int, pid: int) -> bool:
+        """Whether the child `pid` has done its number of steps."""
+        return bool(_NUMBER.unpack_from(self._memory, _HEADER + slot * _SLOT + _SPENT_AT)[0] == pid)
+
+    def message_since(self, slot: int) -> float:
+        """Return when the message that is in work in this slot began (monotonic); 0.0 if there is none."""
+        return float(_SINCE.unpack_from(self._memory, _HEADER + slot * _SLOT + _SINCE_AT)[0])
+
+    def served(self, slot: int) -> tuple[float, list[int]]:
+        """Return for how many seconds messages were in work here, and how many ended in each bucket, ever."""
+        busy_s, *served = _SERVED.unpack_from(self._memory, _HEADER + slot * _SLOT + _SERVED_AT)
+        return busy_s, served
 
     def exit_of(self, slot: int, pid: int) -> Exit | None:
         """Return how the child `pid`, which ran in this slot, has ended; None if that is not known (yet)."""

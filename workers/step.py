@@ -55,6 +55,7 @@ from workers.outcome import of_error
 from workers.slots import Slots
 from workers.surroundings import restored
 from workers.task_events import StepEvents, Told
+from workers.usage import Meter
 
 log = get_logger(__name__)
 
@@ -156,13 +157,19 @@ class StepRunner:
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
+        self._steps, self._most_steps = 0, engine.settings.pool(pool).max_tasks_per_process
         self._flusher = Flusher()
+        self._meter = Meter()
         #: Of the ledger, as seen by this process.
         self.outage = Outage(log, "step")
 
     @property
     def is_draining(self) -> bool:
-        """Whether the worker is to stop and nothing further shall be begun."""
+        """Whether nothing further shall be begun: the worker is to stop, or this process is to leave it."""
+        return self._slots is not None and (self._slots.is_draining or self._slots.is_leaving(self._slot, os.getpid()))
+
+    @property
+    def _is_stopping(self) -> bool:
         return self._slots is not None and self._slots.is_draining
 
     def end(self) -> None:
@@ -178,6 +185,9 @@ class StepRunner:
         """
         links = 0
         unit, names, inputs, unit_since = "", {}, [], 0.0  # type: str, dict[str, Any], list[Any], float
+        if self._slots is not None:
+            self._slots.begin_message(self._slot)
+        is_done = False
         try:
             # Where to look for what we have taken, should we die before we could note that.
             self._note(run)
@@ -192,10 +202,17 @@ class StepRunner:
                 self._note(run, taken, unit_since)
                 info = self._info(run, taken)
                 self._publish(run, answer.publish)
-                answer = self._run(info, taken, names, inputs, links)
+                self._count()
+                # A link that goes on from another one was ready that moment; items wait for those before them.
+                has_waited = links == 1 or taken.index >= 0
+                queued_s = time.time() - queued_ms / 1000 if queued_ms is not None and has_waited else 0.0
+                answer = self._run(info, taken, names, inputs, links, queued_s)
+            is_done = True
         finally:
             if self._slots is not None:
                 self._slots.clear(self._slot)
+                end = self._slots.end_message if is_done else self._slots.forget_message
+                end(self._slot)
         self._publish(run, answer.publish)
         if begun is not None and queued_ms is not None:
             self._engine.counters.observe("queue_seconds", max(0.0, begun - queued_ms / 1000), pool=self._pool)
@@ -205,6 +222,12 @@ class StepRunner:
             )
         elif answer.verdict not in ("ok", "go", "done", "held"):
             log.info("message_dropped", run=run, unit=units[0], verdict=answer.verdict)
+
+    def _count(self) -> None:
+        """Count a step; after the last that this process is to run, it leaves."""
+        self._steps += 1
+        if self._steps == self._most_steps and self._slots is not None:
+            self._slots.spend(self._slot)
 
     def _note(self, run: str, taken: Taken | None = None, unit_since: float = 0.0) -> None:
         """Tell the parent what this process runs, or that it is about to take something in a run."""
@@ -239,7 +262,7 @@ class StepRunner:
             try:
                 done = verb()
             except UnavailableError as exc:
-                if self.is_draining:
+                if self._is_stopping:
                     stop_at = min(stop_at, time.monotonic() + self._settings.grace_s)
                 if self._slots is None or time.monotonic() > stop_at:
                     raise _CannotWaitError(str(exc)) from exc
@@ -329,8 +352,10 @@ class StepRunner:
             names["secrets"] = _Secrets(self._settings.secrets, captured)
         return names
 
-    def _run(self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int) -> Answer:
-        """Run what was taken and record how it ended; answers what comes next.
+    def _run(
+        self, info: _RunInfo, taken: Taken, names: dict[str, Any], inputs: list[Any], links: int, queued_s: float
+    ) -> Answer:
+        """Run what was taken, which has waited for queued_s, and record how it ended; answers what comes next.
 
         `names` is filled from `inputs` for the first item of a part, and stays for the others.
         """
@@ -343,6 +368,7 @@ class StepRunner:
             step=taken.slot, attempt=taken.attempt, pool=self._pool,
         ):  # fmt: skip
             try:
+                self._meter.start(queued_s)
                 return self._attempt(info, taken, step, captured, names, inputs, links)
             except UnavailableError:
                 raise
@@ -364,7 +390,7 @@ class StepRunner:
         inputs: list[Any],
         links: int,
     ) -> Answer:
-        state, payload, tail, delay_ms, since = "succeeded", "", "", 0, time.monotonic()
+        state, payload, tail, delay_ms = "succeeded", "", "", 0
         arguments: dict[str, Any] = {}
         error: StepError | None = None
         told = None if self._events is None else self._events.begin(info.id, info.plan.workflow.name, taken)
@@ -412,16 +438,21 @@ class StepRunner:
                 outcome = of_error(error, step, taken.tries, exc)
                 state, tail, delay_ms = outcome.state, outcome.tail + input_of(arguments, captured), outcome.delay_ms
                 log.info("step_failed", error=error.type, state=state)
+        usage = self._meter.stop()
+        tail += usage.tail()
         answer = self._insist(
             lambda: self._ledger.complete(
                 info.id, taken, state, payload=payload, tail=tail, log=captured.text(), delay_ms=delay_ms,
-                how=self._how(info.id, self._known_chunk(info.id)), inline=self._inline(links, taken),
+                usage=usage.totals(), how=self._how(info.id, self._known_chunk(info.id)),
+                inline=self._inline(links, taken),
             )
         )  # fmt: skip
         if state in _COUNTED and answer.verdict == "ok":
-            counters = self._engine.counters
-            counters.add(counter("steps", workflow=info.plan.workflow.name, state=state))
-            counters.observe("step_seconds", time.monotonic() - since, pool=self._pool)
+            counters, workflow = self._engine.counters, info.plan.workflow.name
+            counters.add(counter("steps", workflow=workflow, state=state))
+            counters.observe("step_seconds", usage.wall_s, pool=self._pool)
+            counters.add(counter("cpu_seconds", workflow=workflow, pool=self._pool), usage.cpu_s)
+            counters.add(counter("gb_seconds", workflow=workflow, pool=self._pool), usage.gb_s)
         self._tell_end(told, state, answer, error=error)
         return answer
 

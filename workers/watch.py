@@ -2,8 +2,8 @@
 
 Four times a second it reads the slots (slots.py). It renews the leases of what they run, and has stopped what is to be
 (deadlines.py); gives up, so that it is started again at once, what a child that has died was running; gives back the
-items that wait in a part behind a long one, so that idle processes can take them; and ends a child whose unit somebody
-else has taken over.
+items that wait in a part behind a long one, or in a child that leaves, so that idle processes can take them; ends a
+child whose unit somebody else has taken over; and reports (reporting.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from functools import partial
 
 from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
+from orchestrator.health_file import HealthFile
 from orchestrator.ledger.ledger import RENEW_S
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage, get_logger
 from workers import children
 from workers.deadlines import PERIOD_S, Deadlines
+from workers.reporting import Reporting
 from workers.slots import Slots, Stop, Work
 from workers.step import Identity
 from workers.task_events import StepEvents
@@ -43,13 +45,16 @@ class Watch:
         slots: Slots,
         identity: Identity,
         *,
+        reporting: Reporting | None = None,
         up_pid: int | None = None,
         events: StepEvents | None = None,
     ) -> None:
         self._engine = engine
         self._slots = slots
         self._identity = identity
+        self._reporting = reporting
         self._up_pid = up_pid
+        self._health = HealthFile(engine.settings.health_file)
         self._service = Service("watch", self._loop)
         self._deadlines = Deadlines(engine, slots, identity, partial(_publish, engine), events)
         self.out_of_memory = children.OutOfMemory()
@@ -70,9 +75,12 @@ class Watch:
         """End; returns when the round in work is done."""
         self._deadlines.end()
         self._service.stop()
+        if self._reporting is not None:
+            self._reporting.end()
 
     def _loop(self, stopping: threading.Event) -> None:
         while not stopping.wait(PERIOD_S):
+            self._health.touch()
             if self._up_pid is not None and os.getppid() != self._up_pid:
                 log.warning("up_is_gone")
                 self._up_pid = None
@@ -92,13 +100,16 @@ class Watch:
         running = {slot: work for slot, work in found.items() if children.is_alive(work.pid)}
         if now >= self._renew_at:  # before what may fail
             self._renew_at = now + (PERIOD_S if self._renew(running) else RENEW_S)
+        if self._reporting is not None:
+            self._reporting.turn(now)
         self._deadlines.record()
         for slot, work in found.items():
             if slot not in running:
                 self._give_up(slot, work, now)
                 continue
             is_shared = self._shared.get(slot) == (work.run, work.fence)
-            if work.index >= 0 and now - work.unit_since > SHARE_AFTER_S and not is_shared:
+            is_slow = now - work.unit_since > SHARE_AFTER_S or self._slots.is_leaving(slot, work.pid)
+            if work.index >= 0 and is_slow and not is_shared:
                 self._share(slot, work, now)
 
     def _give_up(self, slot: int, work: Work, now: float) -> None:

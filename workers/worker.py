@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,17 @@ from celery.exceptions import SecurityWarning
 from orchestrator.celery_app import PRIORITIES, make_app, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, UnavailableError
+from orchestrator.pools import worker_name
 from orchestrator.project import load_project
+from orchestrator.remote_control import RemoteControl
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
 from workers import capture, children
+from workers.commands import Commands
 from workers.consumer import Consumer
+from workers.machine import Machine, gpus_of
+from workers.reporting import Reporting
+from workers.sizing import Sizing
 from workers.slots import Slots
 from workers.step import Identity, StepRunner, StepTask
 from workers.task_events import Monitoring, Pipe, StepEvents
@@ -44,27 +51,39 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         raise DefinitionError(project.faults)
     # Celery warns of root because of pickle; nothing here is ever unpickled.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    size = concurrency or settings.pool(pool).concurrency
-    slots, pipe = Slots(size), Pipe()
+    machine, wanted = Machine.look(), settings.pool(pool)
+    ceiling = machine.ceiling(pool, wanted, concurrency, is_declared=pool in settings.pools)
+    slots, pipe = Slots(ceiling), Pipe()
     try:
         app = make_app(settings, pool=pool)
-        identity = Identity(f"{pool}@{socket.gethostname()}:{os.getpid()}", project.code_hash)
+        identity = Identity(worker_name(pool, socket.gethostname(), os.getpid()), project.code_hash)
         task = StepTask()
         app.register_task(task)
         events = StepEvents(pipe, slots)
-        _prepare_children(app, settings, task, identity, pool=pool, slots=slots, events=events)
+        _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus, events=events)
         # A connection that has died unseen is not to cost the leases.
         engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
-        watch = Watch(engine, slots, identity, up_pid=up_pid, events=events)
-        monitoring = Monitoring(
-            app, engine.pools, slots, pipe, identity.worker, publishing=forking, heart=partial(_heart, slots)
+        sizing = Sizing(wanted, ceiling, slots)
+        reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
+        watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid, events=events)
+        monitoring = Monitoring(app, slots, pipe, identity.worker, publishing=forking)
+        control = RemoteControl(
+            engine,
+            identity.worker,
+            Commands(engine, slots, monitoring, pool=pool, worker=identity.worker, controller=lambda: worker).by_name(),
+            is_wanted=lambda: slots.is_monitored,
+            guard=forking,
         )
-        app.steps["worker"].add(_watch_step(watch, monitoring, slots))
+        watched = (watch, monitoring, control)
+        app.steps["worker"].add(_watch_step(watched, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
+        app.conf.worker_autoscaler = sizing.attach
         worker = app.Worker(
             hostname=identity.worker,
             pool=children.pool_of(slots, watch.out_of_memory),
-            concurrency=size,
+            concurrency=ceiling,
+            autoscale=(ceiling, 0),
+            pool_putlocks=False,  # there is a message in work for each process at most: sizing.py sees to it
             queues=[queue_name(pool, priority) for priority in PRIORITIES],
             loglevel="WARNING",
             quiet=True,
@@ -76,19 +95,15 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             worker.start()
         finally:
             # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
-            watch.stop()
-            monitoring.stop()
+            for part in reversed(watched):
+                part.stop()
         return int(worker.exitcode or 0)
     finally:
         pipe.close()
         slots.close()
 
 
-def _heart(slots: Slots) -> dict[str, Any]:
-    return {"active": sum(slots.read(slot) is not None for slot in range(slots.count))}
-
-
-def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]:
+def _watch_step(parts: Sequence[Watch | Monitoring | RemoteControl], slots: Slots) -> type[Any]:
     class WatchStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
         """Starts the watch once the children are there, and tells them when the worker is to stop."""
 
@@ -96,8 +111,8 @@ def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]
 
         def start(self, parent: Any) -> None:
             signals.worker_shutting_down.connect(self._drain, weak=False)
-            watch.start()
-            monitoring.start()
+            for part in parts:
+                part.start()
 
         @staticmethod
         def _drain(**_: Any) -> None:
@@ -115,13 +130,18 @@ def _prepare_children(
     pool: str,
     slots: Slots,
     events: StepEvents,
+    gpus: tuple[str, ...],
 ) -> None:
+    gpus_each = settings.pool(pool).gpu
+
     def begin(**_: Any) -> None:
         # A step may start processes of its own, which multiprocessing would refuse in a daemon.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.
         logging.getLogger("celery.app.trace").addFilter(lambda record: record.msg != LOG_REJECTED.strip())
         engine, slot = Engine(settings, app=app), int(current_process().index)
+        if gpus_each:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus_of(slot, gpus_each, gpus)
         before = slots.read(slot)
         if before is not None:  # the child whose place this one takes has died in a step
             try:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from orchestrator.api import audits, deadletters, events, runs, schedules, shapes, workflows
+from orchestrator.api import audits, costs, deadletters, events, pools, runs, schedules, shapes, workflows
 from orchestrator.api.answers import install
 from orchestrator.api.gate import Gate
 from orchestrator.api.place import ROOT, Place
@@ -15,8 +15,8 @@ from orchestrator.engine import Engine
 from orchestrator.ledger.queries import Queries
 
 _ABOUT = """
-Runs, events, dead letters, workflows and schedules. Objects are those of the command line's `--json`; lists answer
-`items` and a cursor `next`, which `after` takes. Errors are problem+json (RFC 9457).
+Runs, events, dead letters, workflows, schedules and pools. Objects are those of the command line's `--json`; lists
+answer `items` and a cursor `next`, which `after` takes. Errors are problem+json (RFC 9457).
 """
 #: How long one answer of the ledger may take; a server that is away is not waited for.
 _TIMEOUT_S = 2.0
@@ -41,7 +41,7 @@ def make_app(engine: Engine) -> FastAPI:
         separate_input_output_schemas=False,
     )
     app.state.audit = Audit(own.ledger)
-    for part in (runs, events, deadletters, workflows, schedules, audits):
+    for part in (runs, events, deadletters, workflows, schedules, costs, pools, audits):
         app.include_router(part.make_router(place), prefix=ROOT)
     install(app)
     app.add_middleware(Gate, engine=own)

@@ -24,6 +24,33 @@ class Error(BaseModel):
     message: str
 
 
+class Usage(BaseModel):
+    wall_s: float
+    cpu_s: float
+    memory: int | None = Field(description="Bytes, at the peak; null: not known.")
+    queued_s: float = Field(description="For how long it waited before.")
+
+
+class Cost(BaseModel):
+    wall_s: float
+    cpu_s: float
+    gb_s: float = Field(description="GB-seconds: the peak of memory for as long as it took.")
+
+
+class TotalCost(Cost):
+    runs: int
+
+
+class WorkflowCost(TotalCost):
+    workflow: str
+
+
+class Costs(BaseModel):
+    since: str
+    items: list[WorkflowCost]
+    total: TotalCost
+
+
 class StepRun(BaseModel):
     id: str
     state: StepRunState
@@ -38,6 +65,8 @@ class StepRun(BaseModel):
     output: Any
     run: str | None = Field(default=None, description="The nested run.")
     due_at: str | None = None
+    usage: Usage | None = Field(description="What the last attempt took.")
+    cost: Cost | None = Field(default=None, description="What all attempts took, of all items; none for an item.")
 
 
 class RunInList(BaseModel):
@@ -55,6 +84,7 @@ class RunInList(BaseModel):
     created_at: str
     started_at: str | None
     finished_at: str | None
+    cost: Cost = Field(description="What all attempts of its steps took; nested runs have their own.")
 
 
 class Run(RunInList):
@@ -280,3 +310,34 @@ class Backfill(BaseModel):
 class BackfillsCancelled(BaseModel):
     schedule: str
     cancelled: int
+
+
+class Pool(BaseModel):
+    name: str
+    size: int = Field(description="Processes that there are.")
+    busy: int
+    workers: int
+    backlog: int = Field(description="Messages that wait.")
+    oldest_age_s: float | None = Field(description="For how long the oldest has; null: none, or the broker cannot say.")
+    arrival_rate: float | None = Field(description="Messages a second that come.")
+    service_rate: float | None = Field(description="Messages a second that are done.")
+    service_s: float | None = Field(description="What one takes; half of them take less.")
+    clears_in_s: float | None = Field(description="When nothing will wait any more; null: not in sight.")
+    desired: int | None = Field(description="Processes that there are to be, as the autoscaler has decided last.")
+    desired_workers: int | None
+    pinned: int | None = Field(description="The size that was set by hand.")
+    why: str
+    decided_at: str | None = Field(description="Since when it is to have this size.")
+    reported_at: str | None = Field(description="When the autoscaler looked last.")
+    faults: list[str]
+    members: list[dict[str, Any]] | None = Field(default=None, description="Its workers.")
+
+
+class AutoscalerSeen(BaseModel):
+    reported_at: str | None
+    fault: str = Field(description="Since when it is silent; empty: it is not.")
+
+
+class Pools(Page):
+    items: list[Pool]
+    autoscaler: AutoscalerSeen

@@ -12,8 +12,9 @@ import typer
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import InputError, UnavailableError
 from orchestrator.modules import python_command
+from orchestrator.pools import DEFAULT_POOL
 from orchestrator.project import Project, find_project, load_in_subprocess
-from orchestrator.settings import Settings
+from orchestrator.settings import FILE_NAME, Settings
 
 ProjectOption = Annotated[
     Path | None, typer.Option("--project", help="The project's directory; else the nearest one upwards.")
@@ -43,6 +44,30 @@ def load(settings: Settings, *, with_secrets: bool = True) -> Project:
     return load_in_subprocess(
         settings.project, pools=settings.declared_pools, defaults=settings.defaults, secrets=secrets
     )
+
+
+def warnings_of(settings: Settings, project: Project) -> list[str]:
+    """Say what is no fault of a project, and hardly intended."""
+    from orchestrator.plan import Plan
+
+    used = {pool for workflow in project.workflows.values() for pool in Plan.of(workflow).pools}
+    unused = sorted(set(settings.pools) - used - {DEFAULT_POOL}) if project.workflows else []
+    return [f"{FILE_NAME}: pools.{pool}: no step uses it" for pool in unused]
+
+
+def for_role(role: str, project: Path | None, data_dir: Path | None, **flags: Any) -> Settings:
+    """Return the settings of a process of its own, whose servers are there and whose version is the one in force."""
+    from orchestrator.ledger import Ledger
+    from orchestrator.ledger.ledger import connect
+    from orchestrator.releases import check_release
+
+    settings = with_servers(settings_of(project, data_dir, **flags))
+    ledger = Ledger(connect(settings.ledger_url))
+    try:
+        check_release(ledger, role)
+    finally:
+        ledger.client.close()
+    return settings
 
 
 def with_servers(settings: Settings) -> Settings:

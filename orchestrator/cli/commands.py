@@ -17,18 +17,23 @@ from orchestrator.cli.access import (
     LimitOption,
     ProjectOption,
     engine_of,
+    for_role,
     load,
     read_json,
     settings_of,
+    warnings_of,
     with_servers,
 )
 from orchestrator.cli.audit import audit
+from orchestrator.cli.costs import costs
 from orchestrator.cli.deadletters import app as dead_letters
 from orchestrator.cli.events import app as events
 from orchestrator.cli.output import confirm, duration, one_line, print_json, print_table, survive_any_text
+from orchestrator.cli.pools import app as pools
 from orchestrator.cli.schedules import app as schedules
 from orchestrator.cli.tokens import app as tokens
 from orchestrator.errors import DefinitionError, InputError, NotFoundError, UnavailableError, describe, one_of
+from orchestrator.pools import size_text
 from orchestrator.workflows import Workflow, unknown
 
 app = typer.Typer(
@@ -52,7 +57,9 @@ app.add_typer(workflows, name="workflows")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(tokens, name="tokens")
 app.command()(audit)
+app.command()(costs)
 app.add_typer(schedules, name="schedules")
+app.add_typer(pools, name="pools")
 
 
 # Definitions
@@ -72,12 +79,16 @@ def validate(project: ProjectOption = None, as_json: JsonOption = False) -> int:
     """Check every definition; print every fault as file:line: field: what is wrong. Exit code 1 if there is one."""
     settings = settings_of(project)
     loaded = load(settings)
+    warnings = [] if loaded.faults else warnings_of(settings, loaded)
     if as_json:
         faults = [{"file": f.file, "line": f.line, "field": f.field, "message": f.message} for f in loaded.faults]
-        print_json({"ok": not faults, "faults": faults, "workflows": sorted(loaded.workflows)})
+        names = sorted(loaded.workflows)
+        print_json({"ok": not faults, "faults": faults, "warnings": warnings, "workflows": names})
         return 1 if faults else 0
     for fault in loaded.faults:
         print(fault)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not loaded.faults:
         print(f"{len(loaded.workflows)} workflow(s), no faults: {', '.join(sorted(loaded.workflows))}")
     return 1 if loaded.faults else 0
@@ -177,7 +188,7 @@ def control(
     host: HostOption = None,
     port: PortOption = None,
 ) -> int:
-    """Run dispatcher, rescuer, triggers and gateway in one process, as a part of `up`."""
+    """Run dispatcher, rescuer, triggers, gateway and autoscaler in one process, as a part of `up`."""
     from orchestrator.cli.control import Control
 
     return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), up_pid=up_pid).run()
@@ -196,7 +207,7 @@ def trigger(project: ProjectOption = None, data_dir: DataDirOption = None) -> in
     """Run the triggers, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), roles=["trigger"]).run()
+    return Control(for_role("trigger", project, data_dir), roles=["trigger"]).run()
 
 
 @app.command()
@@ -206,7 +217,7 @@ def gateway(
     """Run the gateway: webhooks, the API, health and metrics, in production."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir, host=host, port=port)), roles=["gateway"]).run()
+    return Control(for_role("gateway", project, data_dir, host=host, port=port), roles=["gateway"]).run()
 
 
 @app.command()
@@ -214,7 +225,7 @@ def beat(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
     """Run the beat, which emits what schedules ask for, in production; one of several leads."""
     from orchestrator.cli.control import Control
 
-    return Control(with_servers(settings_of(project, data_dir)), roles=["beat"]).run()
+    return Control(for_role("beat", project, data_dir), roles=["beat"]).run()
 
 
 @app.command()
@@ -224,14 +235,34 @@ def worker(
     pool: Annotated[str, typer.Option(help="The pool whose steps it takes.")] = "default",
     concurrency: Annotated[int | None, typer.Option(min=1, help="How many steps at a time.")] = None,
     up_pid: UpPidOption = 0,
+    words_fd: Annotated[int | None, typer.Option("--words-fd", hidden=True)] = None,
 ) -> int:
     """Run a worker of one pool, in production."""
     from orchestrator.telemetry import configure_logging
-    from workers.worker import run_worker
+    from workers.launchers.parts import leave_words
 
-    configure_logging(role="worker", pool=pool)
-    settings = with_servers(settings_of(project, data_dir))
-    return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
+    with leave_words(words_fd):
+        from workers.worker import run_worker
+
+        configure_logging(role="worker", pool=pool)
+        settings = for_role("worker", project, data_dir)
+        return run_worker(settings, pool, concurrency=concurrency, up_pid=up_pid or None)
+
+
+@app.command()
+def autoscaler(
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    launcher: Annotated[
+        str, typer.Option(help="What starts workers: none (somebody else does), or process (they are processes here).")
+    ] = "none",
+) -> int:
+    """Run the autoscaler, which says how large pools are to be, in production; one of several leads."""
+    from orchestrator.cli.control import Control
+    from orchestrator.cli.launching import launcher_of
+
+    settings = for_role("autoscaler", project, data_dir)
+    return Control(settings, roles=["autoscaler"], launcher=launcher_of(launcher, settings)).run()
 
 
 @app.command()
@@ -321,6 +352,9 @@ def _print_steps(steps: Sequence[Any], **more: Sequence[object]) -> None:
         "attempts": [f"{one.attempts}" if one.attempts else "" for one in steps],
         "lost": [one.losses or "" for one in steps],
         "took": [duration(one.started_at, one.finished_at) for one in steps],
+        "waited": [f"{one.usage['queued_s']:.2f} s" if one.usage else "" for one in steps],
+        "CPU": [f"{used:.2f} s" if (used := _cpu_of(one)) is not None else "" for one in steps],
+        "peak": [_peak_of(one) for one in steps],
         "due": [one.due_at or "" for one in steps],
         "run": [one.run or "" for one in steps],
     }
@@ -329,6 +363,17 @@ def _print_steps(steps: Sequence[Any], **more: Sequence[object]) -> None:
     columns["error"] = [describe(one.error) if one.error else "" for one in steps]
     shown = {name: cells for name, cells in columns.items() if name in (first, "state") or any(cells)}
     print_table(list(shown), list(zip(*shown.values(), strict=True)))
+
+
+def _cpu_of(step: Any) -> float | None:
+    """Return the processor time of all attempts of a step, or of the last one of an item."""
+    used = step.cost or step.usage
+    return None if used is None or not used["wall_s"] else float(used["cpu_s"])
+
+
+def _peak_of(step: Any) -> str:
+    memory = (step.usage or {}).get("memory")
+    return size_text(memory // 10**6 * 10**6) if memory else ""
 
 
 def _print_run(found: Any) -> None:
@@ -342,6 +387,9 @@ def _print_run(found: Any) -> None:
         print(f"error{where}: {describe(found.error)}")
     if found.parent:
         print(f"nested in run {found.parent['run']}, step {found.parent['step']}")
+    cost = found.cost
+    if cost["wall_s"]:
+        print(f"took {cost['wall_s']:.2f} s in steps, {cost['cpu_s']:.2f} CPU-s, {cost['gb_s']:.3f} GB-s")
     _print_steps(
         found.steps,
         step=[one.id for one in found.steps],

@@ -1,4 +1,4 @@
-"""The control process: dispatcher, rescuer, triggers, gateway, in threads of their own, and what they follow."""
+"""The control process: dispatcher, triggers, gateway, autoscaler ... in threads of their own, and what they follow."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.events import Event
+from orchestrator.health_file import HealthFile
 from orchestrator.keeper import Keeper
 from orchestrator.leading import LeadingService
 from orchestrator.ledger import keys
 from orchestrator.project import code_files, definition_files
+from orchestrator.releases import announce_release
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import on_to_json
@@ -36,11 +38,14 @@ from triggers.files import file_triggers
 from triggers.queue import queue_triggers
 from triggers.s3 import s3_triggers
 from triggers.supervisor import Kind, TriggerSupervisor
+from workers.autoscaler import Autoscaler
+from workers.launchers import Launcher
+from workers.launchers.none import NoLauncher
 
 log = get_logger(__name__)
 
 #: What the control process does; in production each may be a process of its own.
-ROLES = ("dispatcher", "trigger", "beat", "gateway")
+ROLES = ("dispatcher", "trigger", "beat", "gateway", "autoscaler")
 _PERIOD_S = 1.0
 _WALK_EVERY_S = 15.0
 #: For so long triggers wait for a dispatcher that has their definitions; it may be down, and then it will find them.
@@ -124,13 +129,24 @@ class Follower(Protocol):
 class Control:
     """The parts for some roles, until told to stop, or until `up`, if it has one, is gone."""
 
-    def __init__(self, settings: Settings, *, roles: Collection[str] = ROLES, up_pid: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        roles: Collection[str] = ROLES,
+        up_pid: int | None = None,
+        launcher: Launcher | None = None,
+    ) -> None:
         self._settings = settings
         self._up_pid = up_pid
         self._stop = threading.Event()
+        self._health = HealthFile(settings.health_file)
         engine = Engine(settings)
         self._engine = engine
         self._care: list[LeadingService] = _care_of(engine) if "dispatcher" in roles else []
+        self._autoscaler = Autoscaler(engine, launcher or NoLauncher()) if "autoscaler" in roles else None
+        if self._autoscaler is not None:
+            self._care.append(self._autoscaler)
         self._role = "control" if len(roles) > 1 else next(iter(roles))
         self._followers: list[Follower] = []
         self._serves = "gateway" in roles
@@ -157,20 +173,23 @@ class Control:
             signal.signal(number, lambda *_: self._stop.set())
         watched = _Watched(self._settings.project)
         if self._up_pid is not None:
-            workflows, _ = read_definitions(self._settings.data_dir)
+            workflows, generation = read_definitions(self._settings.data_dir)
         else:
             project = load(self._settings, with_secrets=self._serves)
             if project.faults:
                 raise DefinitionError(project.faults)
-            workflows = list(project.workflows.values())
+            workflows, generation = list(project.workflows.values()), project.code_hash
         teller = threading.Thread(target=self._tell_ends, name="teller", daemon=True)
+        if self._dispatches:
+            self._announce()
         try:
-            self._apply(workflows)
+            self._apply(workflows, generation)
             for part in self._parts:
                 part.start()
-            if self._care:
+            if self._dispatches:
                 teller.start()
             while not self._stop.wait(_PERIOD_S):
+                self._health.touch()
                 if self._up_pid is not None and os.getppid() != self._up_pid:
                     log.warning("up_is_gone")
                     break
@@ -185,8 +204,18 @@ class Control:
             self._engine.close()
         return 0
 
-    def _apply(self, workflows: list[Workflow]) -> None:
-        if not self._dispatches:
+    def _announce(self) -> None:
+        """Put our version in force; a ledger that is away is waited for, as everything here does."""
+        while not self._stop.is_set():
+            try:
+                announce_release(self._engine.ledger)
+                return
+            except UnavailableError as exc:
+                log.warning("version_waits", error=str(exc))
+                self._stop.wait(1.0)
+
+    def _apply(self, workflows: list[Workflow], generation: str) -> None:
+        if self._followers and not self._dispatches:
             self._await_dispatcher(workflows)
         for follower in self._followers:
             while not self._stop.is_set():
@@ -196,6 +225,8 @@ class Control:
                 except OrchestratorError as exc:
                     log.warning("definitions_wait", error=str(exc))
                     self._stop.wait(1.0)
+        if self._autoscaler is not None:
+            self._autoscaler.renew(generation)
 
     def _await_dispatcher(self, workflows: list[Workflow]) -> None:
         """Wait until a dispatcher has these definitions: one with those before finds that an event matches nothing."""
@@ -222,7 +253,7 @@ class Control:
             for fault in project.faults:
                 say(f"  {fault}")
             return
-        self._apply(list(project.workflows.values()))
+        self._apply(list(project.workflows.values()), project.code_hash)
         if self._up_pid is not None:
             try:
                 write_definitions(self._settings.data_dir, project)

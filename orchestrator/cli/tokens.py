@@ -6,6 +6,7 @@ import getpass
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,11 +44,18 @@ def create(
     name: Annotated[str, typer.Argument(help="What the audit log calls who has it.")],
     scope: Annotated[Scope, typer.Option(help="read, run (and cancel, resume, emit), or admin.")] = Scope.READ,
     expires: Annotated[str | None, typer.Option(help="After how long it is worthless, as 90d.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Keep it in this file, which you alone can read; if a good one is there, leave it."),
+    ] = None,
     project: ProjectOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a token and print it; it is shown this once. From the first one on, the API asks for tokens."""
+    """Make a token and print it; it is shown this once. From the first one on, the API asks for tokens.
+
+    With --file it is made at most once: a token of that name that is not the one in the file is replaced.
+    """
     from orchestrator.shapes import parse_timeout
 
     now_ms = time.time_ns() // 1_000_000
@@ -56,12 +64,47 @@ def create(
     except ValueError as exc:
         raise InputError(f"--expires {exc}") from exc
     with engine_of(settings_of(project, data_dir)) as engine:
+        if file is not None and _is_kept(Tokens(engine.ledger), file, name, scope, now_ms):
+            print(f"a good token {name} is in {file}")
+            return
+        if file is not None and any(one.name == name for one in Tokens(engine.ledger).list()):
+            with _changing(engine, "revoke_token", name) as tokens:
+                tokens.revoke(name)
         with _changing(engine, "create_token", name, scope=str(scope)) as tokens:
             token = tokens.create(name, scope, now_ms=now_ms, expires_at=expires_at)
-    if as_json:
+            if file is not None:
+                _keep(file, token)
+    if file is not None:
+        print(f"made token {name}; it is in {file}")
+    elif as_json:
         print_json({"name": name, "scope": str(scope), "token": token})
     else:
         print(token)
+
+
+def _is_kept(tokens: Tokens, file: Path, name: str, scope: Scope, now_ms: int) -> bool:
+    """Tell whether the token in a file is good, and is the one that is asked for."""
+    try:
+        found = tokens.check(file.read_text().strip(), now_ms)[1]
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"--file {file} cannot be read: {exc}") from exc
+    return found is not None and (found.name, found.scope) == (name, scope)
+
+
+def _keep(file: Path, token: str) -> None:
+    """Write a token to a file that its owner alone can read, whole or not at all."""
+    draft = file.with_name(f"{file.name}.new")
+    try:
+        draft.unlink(missing_ok=True)
+        draft.touch(mode=0o600)
+        draft.write_text(f"{token}\n")
+        draft.replace(file)
+    except OSError as exc:
+        raise InputError(
+            f"--file {file} cannot be written: {exc.strerror}; when it can, try again: that makes another token"
+        ) from exc
 
 
 @app.command("list")

@@ -1,97 +1,53 @@
 """`orchestrator up`: everything on this machine, as processes that are started, watched, restarted and stopped here.
 
     up ── valkey-server                the embedded server (unless broker_url is set)
-       ├─ orchestrator control         dispatcher, rescuer, triggers, gateway
-       └─ orchestrator worker POOL     one for each pool that a step names; a new one for each generation of the code
+       ├─ orchestrator control         dispatcher, rescuer, triggers, gateway, autoscaler
+       └─ orchestrator worker POOL     one for each pool that is used, without processes until there is work; more if
+                                       the autoscaler wants them, and new ones for each generation of the code
 
-The parts share nothing but the servers and the data directory; any of them may be killed at any time.
+The autoscaler tells what it wants through the ledger. The parts share nothing but the servers and the data directory;
+any of them may be killed at any time.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 import redis
 
-from orchestrator.cli.access import cli_command, load, with_servers
+from orchestrator.cli.access import load, warnings_of, with_servers
 from orchestrator.cli.addresses import addresses, listen
 from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
+from orchestrator.cli.launching import part_command, process_launcher
 from orchestrator.cli.listening import listened_to
 from orchestrator.cli.output import say
 from orchestrator.embedded import EmbeddedServer
 from orchestrator.errors import AlreadyRunningError, DefinitionError, OrchestratorError, UnavailableError
 from orchestrator.ledger import Ledger, keys
 from orchestrator.ledger.ledger import connect
+from orchestrator.ledger.pools import PoolRecords
 from orchestrator.plan import Plan
+from orchestrator.releases import announce_release
 from orchestrator.settings import Settings, mask_url
 from orchestrator.tokens import Tokens, check_exposure
+from workers.launchers import FaultNotes, Launched
+from workers.launchers.parts import Part, wait_for
 
 _POLL_S = 0.2
-#: Pause before a part that died is started again: the first, doubled each time that it dies young, and the longest.
-_BACKOFF_S = (0.2, 10.0)
-#: A part that has lived this long does not die of starting.
-_STEADY_S = 5.0
 _SERVER_START_S = 30.0
 #: So many entries of `on:` are listed at the start; a project may have hundreds.
 _MOST_GREETED = 30
 #: How long a part that holds no steps may take to stop.
 _STOP_S = 10.0
-
-
-@dataclass(slots=True)
-class _Part:
-    """One process and how to start it again."""
-
-    name: str
-    command: Sequence[str]
-    output: IO[bytes] | None = None
-    dies_with_us: bool = False
-    #: A file that is open in the process, too: a lock on it holds until both of us are gone.
-    shares: IO[str] | None = None
-    process: subprocess.Popen[bytes] | None = None
-    is_draining: bool = False
-    generation: str = ""
-    backoff_s: float = field(default=_BACKOFF_S[0])
-    started: float = 0.0
-    start_at: float = 0.0
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            self.command,
-            # A Ctrl-C in the terminal is for `up` alone, which then stops its parts in order.
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=self.output,
-            pass_fds=() if self.shares is None else (self.shares.fileno(),),
-            preexec_fn=_die_with_parent if self.dies_with_us else None,  # `up` has one thread
-        )
-        self.started = time.monotonic()
-
-    @property
-    def is_alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def signal(self, number: int) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(number)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end a process when `up` is killed (Linux); elsewhere the next `up` stops a server left over."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+#: How often the ledger is asked how many workers there are to be, how often one that is away, and how long it may take.
+_ASK_S, _ASK_AGAIN_S, _ASK_TIMEOUT_S = 1.0, 3.0, 0.5
 
 
 class Up:
@@ -99,10 +55,15 @@ class Up:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._server: _Part | None = None
+        self._server: Part | None = None
         self._server_lock: IO[str] | None = None
-        self._control: _Part | None = None
-        self._workers: list[_Part] = []
+        self._control: Part | None = None
+        self._workers = process_launcher(settings)
+        self._launched: list[Launched] = []
+        self._records: PoolRecords | None = None
+        self._ask_at = 0.0
+        #: The pools of the workflows in force.
+        self._pools: set[str] = set()
         self._signals = 0
         self._definitions_seen = 0
 
@@ -119,13 +80,17 @@ class Up:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
+            for warning in warnings_of(self._settings, project):
+                say(f"warning: {warning}")
             write_definitions(self._settings.data_dir, project)
             self._start_server()
             self._claim_addresses()
-            place = ("--data-dir", str(self._settings.data_dir))
             address = ("--host", self._settings.host, "--port", str(self._settings.port))
-            self._control = self._role("control", "control", *place, *address)
+            self._control = Part("control", part_command(self._settings, "control", *address))
             self._control.start()
+            ledger = Ledger(connect(with_servers(self._settings).ledger_url, timeout_s=_ASK_TIMEOUT_S))
+            self._records = PoolRecords(ledger)
+            self._faults = FaultNotes(self._records, self._workers.place)
             self._follow_definitions()
             self._greet(len(project.workflows))
             while not self._signals:
@@ -133,11 +98,9 @@ class Up:
                 time.sleep(_POLL_S)
             self._stop()
         finally:
+            self._workers.kill()
             for part in self._parts():
-                part.signal(signal.SIGKILL)
-            for part in self._parts():
-                if part.process is not None:
-                    part.process.wait()
+                part.reap()
             lock.close()
             if self._server_lock is not None:
                 self._server_lock.close()
@@ -146,8 +109,8 @@ class Up:
     def _on_signal(self, *_: object) -> None:
         self._signals += 1
 
-    def _parts(self) -> list[_Part]:
-        return [part for part in (self._control, *self._workers, self._server) if part is not None]
+    def _parts(self) -> list[Part]:
+        return [part for part in (self._control, self._server) if part is not None]
 
     def _lock(self) -> IO[str]:
         data_dir = self._settings.data_dir
@@ -182,10 +145,6 @@ class Up:
 
     # The parts
 
-    def _role(self, name: str, *arguments: str) -> _Part:
-        ours = ("--up-pid", str(os.getpid()), "--project", str(self._settings.project))
-        return _Part(name, cli_command(*arguments, *ours))
-
     def _start_server(self) -> None:
         if not self._settings.is_embedded:
             self._check_external()
@@ -197,7 +156,7 @@ class Up:
         )
         command = server.prepare()
         output = (data_dir / "server" / "valkey.log").open("ab")
-        self._server = _Part("server", command, output=output, dies_with_us=True, shares=self._server_lock)
+        self._server = Part("server", command, output=output, dies_with_us=True, shares=self._server_lock)
         self._server.start()
         url = EmbeddedServer.url_of(data_dir)
         assert url is not None
@@ -218,6 +177,7 @@ class Up:
         ledger = Ledger(connect(with_servers(self._settings).ledger_url))
         try:
             check_exposure(self._settings, Tokens(ledger))
+            announce_release(ledger)
         finally:
             ledger.client.close()
         listen(self._settings).close()
@@ -242,32 +202,36 @@ class Up:
             engine.close()
 
     def _follow_definitions(self) -> None:
-        """Have a worker of the code's generation for each pool; those of an older one finish what they have."""
+        """Have workers of the code's generation for each pool; those of an older one finish what they have."""
         self._definitions_seen = (self._settings.data_dir / DEFINITIONS).stat().st_mtime_ns
         workflows, generation = read_definitions(self._settings.data_dir)
-        pools = sorted({pool for workflow in workflows for pool in Plan.of(workflow).pools} | self._pools_in_flight())
-        current = {part.name for part in self._workers if not part.is_draining and part.generation == generation}
-        for pool in pools:
-            name = f"worker {pool}"
-            if name not in current:
-                worker = self._role(name, "worker", "--pool", pool, "--data-dir", str(self._settings.data_dir))
-                worker.generation = generation
-                worker.start()
-                self._workers.append(worker)
-        for part in self._workers:
-            if not part.is_draining and (part.generation != generation or part.name.split(" ", 1)[1] not in pools):
-                part.is_draining = True
-                part.signal(signal.SIGTERM)
+        self._pools = {pool for workflow in workflows for pool in Plan.of(workflow).pools}
+        self._workers.renew(generation)
+        for pool in self._pools - self._workers.pools:
+            self._workers.scale(pool, 1)
+        self._ask_at = 0.0
 
-    def _pools_in_flight(self) -> set[str]:
-        """Return the pools of the runs in flight, which go on with the plans that they started with."""
-        ledger = Ledger(connect(with_servers(self._settings).ledger_url))
+    def _follow_autoscaler(self, now: float) -> None:
+        """Have as many workers as it wants, and one at least for each pool that is used; say which do not live.
+
+        As long as nothing is heard of it, all stays as it is.
+        """
+        if self._records is None or now < self._ask_at:
+            return
         try:
-            return {pool for plan in ledger.plans_in_flight() for pool in ledger.plan(plan).pools}
-        except OrchestratorError:  # away, or unknown: keep what there is
-            return {part.name.split(" ", 1)[1] for part in self._workers}
-        finally:
-            ledger.client.close()
+            states = self._records.current_states()
+            self._faults.note(self._launched)
+        except UnavailableError:
+            self._ask_at = time.monotonic() + _ASK_AGAIN_S
+            return
+        self._ask_at = now + _ASK_S
+        if states is None:
+            return
+        for pool in self._workers.pools - states.keys() - self._pools:
+            self._workers.scale(pool, 0)
+        for pool, state in states.items():
+            is_used = state.is_used or pool in self._pools
+            self._workers.scale(pool, max(1, state.desired_workers) if is_used else 0, state.leave)
 
     def _look_after(self) -> None:
         if (self._settings.data_dir / DEFINITIONS).stat().st_mtime_ns != self._definitions_seen:
@@ -275,20 +239,11 @@ class Up:
             say("new generation of workers for the changed code")
         now = time.monotonic()
         for part in self._parts():
-            if part.is_alive:
-                if now - part.started > _STEADY_S:
-                    part.backoff_s = _BACKOFF_S[0]
-                continue
-            assert part.process is not None
-            if part.is_draining:
-                self._workers.remove(part)
-            elif not part.start_at:
-                say(f"{part.name} ended (exit code {part.process.returncode}); it is started again")
-                part.start_at = now + part.backoff_s
-                part.backoff_s = min(part.backoff_s * 2, _BACKOFF_S[1])
-            elif now >= part.start_at:
-                part.start_at = 0.0
-                part.start()
+            ended = part.tend(now)
+            if ended:
+                say(f"{ended}; it is started again")
+        self._launched = self._workers.look()
+        self._follow_autoscaler(now)
 
     def _stop(self) -> None:
         """Take nothing new, let steps in progress finish, and close the server last, so that all is written."""
@@ -296,25 +251,14 @@ class Up:
         say(f"stopping; steps in progress have {grace_s} s (again Ctrl-C to stop at once)")
         asked = self._signals
         assert self._control is not None
-        for part in (self._control, *self._workers):
-            part.signal(signal.SIGTERM)
-        self._wait_for(self._workers, grace_s, lambda: self._signals > asked)
-        for part in self._workers:
-            if part.is_alive:
-                say(f"{part.name} has steps that go on; they are taken up again at the next start")
-                part.signal(signal.SIGKILL)
-        self._wait_for([self._control], _STOP_S, lambda: self._signals > asked)
+        self._control.signal(signal.SIGTERM)
+        self._workers.close(lambda: self._signals > asked)
+        wait_for([self._control], _STOP_S, lambda: self._signals > asked)
         self._control.signal(signal.SIGKILL)
         if self._server is not None:
             self._server.signal(signal.SIGTERM)
-            self._wait_for([self._server], _STOP_S, lambda: False)
+            wait_for([self._server], _STOP_S)
         say("stopped")
-
-    @staticmethod
-    def _wait_for(parts: Sequence[_Part], seconds: float, is_hurried: Callable[[], bool]) -> None:
-        until = time.monotonic() + seconds
-        while any(part.is_alive for part in parts) and time.monotonic() < until and not is_hurried():
-            time.sleep(0.05)
 
     def _greet(self, workflows: int) -> None:
         settings = self._settings
@@ -324,9 +268,9 @@ class Up:
         say(f"data      {settings.data_dir}")
         at = addresses(settings.data_dir)
         say(f"gateway   {at['url']} (health {at['health_url']})")
-        for part in self._workers:
-            pool = part.name.split(" ", 1)[1]
-            say(f"worker    pool {pool}, {settings.pool(pool).concurrency} at a time")
+        for name in sorted(self._pools):
+            pool = settings.pool(name)
+            say(f"pool      {name}: {pool.minimum} to {pool.maximum} at a time, {pool.minimum or 'none'} at rest")
         found = listened_to(
             read_definitions(settings.data_dir)[0], at["url"], datetime.now(UTC), self._paused_schedules()
         )

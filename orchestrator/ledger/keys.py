@@ -16,6 +16,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | | stopping cancel_requested | why nothing further of the phase begins (cancelled, timeout) |
 | | reruns | runs that were started anew from this one |
 | | reopen_id | the request that opened the episode, which may come twice |
+| | used_wall used_cpu used_memory | the same of all its steps, over all episodes |
 | | created_at started_at finished_at deadline | ms since the epoch |
 | graph | step | [pool, rule, upstreams, [downstream], [read], flags, phase] (plan.py) |
 | states | slot | state |
@@ -31,6 +32,7 @@ Fields of the hashes, with `slot` = step id, or `step/index` for an item of a fa
 | attempts | slot@attempt | JSON: worker, code, started_at, fence, finished_at, state, error |
 | | slot#a slot#l slot#x | attempts beyond the first, losses, what each loss was (JSON objects joined by commas) |
 | | slot#b slot#k | attempts and losses of earlier episodes |
+| | step#wall step#cpu step#memory | what all attempts of a step and of its items took: us, us, MB-ms |
 | | slot#u slot#m | since when no function was found for it, ms; arguments that were mended (payload) |
 | items | per:step, step:chunk | items per chunk, payload of a chunk: the list that `foreach` gave |
 | | again:step | items still to be handed out in a further episode |
@@ -51,6 +53,8 @@ from orchestrator.errors import one_line
 
 PREFIX = "orchestrator"
 
+#: What is added up of what attempts take (see above).
+USED = ("wall", "cpu", "memory")
 #: The keys of one run, in the order in which they are given to the script as KEYS.
 RUN_KEYS = ("run", "graph", "states", "units", "leases", "outbox", "outputs", "attempts", "items", "logs", "timers")
 
@@ -97,6 +101,8 @@ WORKERS = f"{PREFIX}:workers"
 TARGETS = f"{PREFIX}:workers:targets"
 #: Pool -> what the autoscaler saw and decided last, as JSON (pools.py); permanent.
 POOLS = f"{PREFIX}:pools"
+#: Pool -> what the autoscaler remembers of it, as JSON (workers/pools.py); permanent.
+POOL_MEMORIES = f"{PREFIX}:pools:memories"
 #: Pool -> its size as set by hand; permanent.
 PINS = f"{PREFIX}:pools:pinned"
 #: "pool|place" -> why its workers do not start there; permanent, empty as long as they do.
@@ -119,8 +125,8 @@ def leader_key(role: str) -> str:
 #: Every key that has no TTL although no run is in flight.
 PERMANENT = (
     RUNS, ACTIVE, TIMERS, WORKFLOWS, FOLLOWED, EVENTS, SET_ASIDE, DEAD_LETTERS, UNREPORTED, COUNTERS, TOKENS, AUDIT,
-    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS, WORKERS, TARGETS, POOLS, PINS, POOL_FAULTS, WAKE, VERSION,
-    f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
+    AUDIT_ENTRIES, SCHEDULES, PAUSED_SCHEDULES, BACKFILLS, WORKERS, TARGETS, POOLS, POOL_MEMORIES, PINS, POOL_FAULTS,
+    WAKE, VERSION, f"{PREFIX}:marks:*", f"{PREFIX}:plan:*", f"{PREFIX}:definitions:*",
 )  # fmt: skip
 
 

@@ -241,6 +241,17 @@ local function close_record(slot, state, tail) -- tail: JSON members, "" or ',"e
     string.sub(record, 1, -2) .. ',"finished_at":' .. NOW_S .. ',"state":"' .. state .. '"' .. tail .. '}')
 end
 
+local USED = { 'wall', 'cpu', 'memory' }
+
+local function use(step, usage) -- what an attempt took, "wall:cpu:memory", adds to that of its step and of the run
+  local i = 0
+  for n in string.gmatch(usage, '%d+') do
+    i = i + 1
+    call('HINCRBY', ATTEMPTS, step .. '#' .. USED[i], n)
+    call('HINCRBY', RUN, 'used_' .. USED[i], n)
+  end
+end
+
 local function end_items(step, ended, ready) -- so many items more have ended
   local counts = call('HMGET', STATES, 'n:' .. step, 'b:' .. step, 'x:' .. step)
   if call('HINCRBY', STATES, 'd:' .. step, ended) == tonumber(counts[1]) then
@@ -508,18 +519,19 @@ end
 
 local PUTS_OFF = { retrying = true, postponed = true, sleeping = true }
 
--- complete: unit, fence, index or -1, state, payload, tail, log, delay_ms, lease_ms, record, known run, known chunk,
--- inline. State "waiting": the slot waits for the nested run whose id is the payload; "retrying", "postponed" and
+-- complete: unit, fence, index or -1, state, payload, tail, log, delay_ms, usage, lease_ms, record, known run, known
+-- chunk, inline. State "waiting": the slot waits for the nested run whose id is the payload; "retrying", "postponed" and
 -- "sleeping": for delay_ms.
 function verbs.complete()
-  local unit, fence, index, state, payload, tail, log, delay_ms =
-    ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
-  local how, inline = how_at(10)
+  local unit, fence, index, state, payload, tail, log, delay_ms, usage =
+    ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10]
+  local how, inline = how_at(11)
   local holder, k, hi = held(unit)
   if holder ~= fence then return { 'refused' } end
   local step, lo = split(unit)
   local slot = lo and (step .. '/' .. int(index)) or step
   if lo and k ~= index then return { 'done', lost_answer(how), {} } end
+  use(step, usage)
   local ready = {}
   local now = call('HMGET', STATES, slot, 'n:' .. slot)
   local fresh = now[1] == 'running' and not now[2] -- a fan-out that was expanded is ended by its items

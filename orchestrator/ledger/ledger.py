@@ -358,6 +358,7 @@ class Ledger:
         tail: str = "",
         log: str = "",
         delay_ms: int = 0,
+        usage: Sequence[int] = (),
         how: How,
         inline: str,
     ) -> Answer:
@@ -366,12 +367,13 @@ class Ledger:
         `state`: succeeded, failed, skipped, cancelled, or waiting (for the nested run whose id is `payload`); or, for
         `delay_ms`: retrying (the attempt has failed and another follows), postponed (there was none, and it is taken
         again), sleeping (then it has succeeded). `tail` is JSON members to add to the attempt's record, with a leading
-        comma. `inline` is this worker's pool; empty takes nothing further.
+        comma; `usage` is added to what the step and the run have used: us on the clock, us of processors, MB-ms of
+        memory. `inline` is this worker's pool; empty takes nothing further.
         Verdicts: ok, done (a repeat), refused (somebody took over).
         """
         answer = self._call(
-            run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, delay_ms, *how.argv(),
-            inline,
+            run, "complete", taken.unit, taken.fence, taken.index, state, payload, tail, log, delay_ms,
+            ":".join(map(str, usage)), *how.argv(), inline,
         )  # fmt: skip
         if state in _PUT_OFF and answer[0] == "ok":
             self._expect(run, taken.now_ms + delay_ms)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
-from orchestrator.pools import PoolState, WorkerReport
+from orchestrator.pools import AUTOSCALER_GONE_MS, PoolState, WorkerReport
 
 #: So many wake-ups are kept for an autoscaler that is away; it looks at every pool when it comes.
 _MOST_RINGS = 256
@@ -54,13 +55,26 @@ class PoolRecords:
 
     # The autoscaler
 
-    def decide(self, states: Iterable[PoolState], targets: Mapping[str, int]) -> None:
-        """Keep what was seen and decided of pools, and the targets of all workers."""
+    def decide(
+        self,
+        states: Iterable[PoolState],
+        targets: Mapping[str, int],
+        memories: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Keep what was seen and decided of pools, and the targets of all workers; what is not given is forgotten.
+
+        `memories` is what a successor is to know, by pool; None leaves what is there.
+        """
         rows = {state.pool: json.dumps(state.to_json()) for state in states}
         with self._client.pipeline(transaction=True) as pipe:
             pipe.delete(keys.POOLS, keys.TARGETS)
             if rows:
                 pipe.hset(keys.POOLS, mapping=rows)
+            if memories is not None:
+                pipe.delete(keys.POOL_MEMORIES)
+                if memories:
+                    kept = {pool: json.dumps(memory) for pool, memory in memories.items()}
+                    pipe.hset(keys.POOL_MEMORIES, mapping=kept)
             if targets:
                 pipe.hset(keys.TARGETS, mapping={worker: str(size) for worker, size in targets.items()})
             self._ledger.guard(pipe.execute)
@@ -69,6 +83,26 @@ class PoolRecords:
         """Return what the autoscaler said last of each pool; it may be gone (`at_ms` tells)."""
         rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOLS))
         return {pool: PoolState.from_json(json.loads(rows[pool])) for pool in sorted(rows)}
+
+    def current_states(self) -> dict[str, PoolState] | None:
+        """Return what the autoscaler says of each pool; None if nothing was heard of it for AUTOSCALER_GONE_MS."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.POOLS)
+            pipe.time()
+            rows, (seconds, micros) = self._ledger.guard(pipe.execute)
+        states = {pool: PoolState.from_json(json.loads(rows[pool])) for pool in sorted(rows)}
+        latest = max((state.at_ms for state in states.values()), default=0)
+        return states if seconds * 1000 + micros // 1000 - latest < AUTOSCALER_GONE_MS else None
+
+    def targets(self) -> dict[str, int]:
+        """Return how many processes each worker was last told to have."""
+        rows = self._ledger.guard(lambda: self._client.hgetall(keys.TARGETS))
+        return {worker: int(target) for worker, target in rows.items()}
+
+    def memories(self) -> dict[str, Any]:
+        """Return what the autoscaler remembers of each pool."""
+        rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOL_MEMORIES))
+        return {pool: json.loads(text) for pool, text in rows.items()}
 
     def pin(self, pool: str, size: int | None) -> None:
         """Set the size of a pool by hand; None lets the autoscaler decide again. Idempotent."""
@@ -122,7 +156,3 @@ class PoolRecords:
     def monitor(self) -> None:
         """Say that somebody monitors: for MONITORED_MS workers send events of what they do."""
         self._ledger.guard(lambda: self._client.set(keys.MONITORED, "1", px=MONITORED_MS))
-
-    def is_monitored(self) -> bool:
-        """Tell whether somebody monitors."""
-        return bool(self._ledger.guard(lambda: self._client.exists(keys.MONITORED)))

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import NotFoundError
 from orchestrator.ledger import keys
+from orchestrator.ledger.keys import USED
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.payloads import Payloads
 from orchestrator.plan import Plan
-from orchestrator.runs import Run, RunState, StepRun, StepRunState, rfc3339
+from orchestrator.runs import Run, RunState, StepRun, StepRunState, cost_of, rfc3339
 from orchestrator.workflows import END
 
 _PAGE = 200
@@ -83,6 +85,19 @@ class Queries:
             yield ids
             start += len(ids)
 
+    def costs(self, since_ms: int) -> dict[str, dict[str, float]]:
+        """Return what the runs that were made since then have taken, by workflow: `runs`, and as Run.cost."""
+        found: dict[str, dict[str, float]] = {}
+        runs = self._ledger.guard(lambda: self._client.zrange(keys.RUNS, since_ms, "+inf", byscore=True))
+        for lo in range(0, len(runs), _PAGE):
+            for workflow, *used in self._many(runs[lo : lo + _PAGE], "workflow", *(f"used_{name}" for name in USED)):
+                if workflow is not None:  # gone meanwhile
+                    totals = found.setdefault(workflow, {"runs": 0, **cost_of((None, None, None))})
+                    totals["runs"] += 1
+                    for name, value in cost_of(used).items():
+                        totals[name] = round(totals[name] + value, 6)
+        return found
+
     def _run(self, run: str, fields: dict[str, str], steps: tuple[StepRun, ...]) -> Run:
         return Run(
             id=run,
@@ -99,6 +114,7 @@ class Queries:
             finished_at=_time(fields.get("finished_at")),
             parent=_parent(fields.get("parent")),
             cancel_requested="cancel_requested" in fields,
+            cost=cost_of([fields.get(f"used_{name}") for name in USED]),
             steps=steps,
         )
 
@@ -107,6 +123,8 @@ class Queries:
         if plan.steps[step_id].is_fan_out:
             count = self._client.hget(keys.run_key(run, "states"), f"n:{step_id}")
         slot = self._slots(run, [step_id], with_output=count is None)[0]
+        used = self._client.hmget(keys.run_key(run, "attempts"), [f"{step_id}#{name}" for name in USED])
+        slot = replace(slot, cost=cost_of(used))
         if count is None:
             return slot
         counts: dict[str, int] = {}
@@ -116,7 +134,7 @@ class Queries:
             id=slot.id, state=slot.state, attempts=slot.attempts, losses=slot.losses, started_at=slot.started_at,
             finished_at=slot.finished_at, worker=slot.worker, code=slot.code,
             error=self._ledger.failure(run, step_id) if slot.state is StepRunState.FAILED else None,
-            items=counts,
+            items=counts, cost=slot.cost,
         )  # fmt: skip
 
     def _pages(self, run: str, step_id: str, count: int) -> Iterator[str]:
@@ -163,6 +181,7 @@ class Queries:
                     output=self._payloads.unpack_or_none(outputs[n] or "") if with_output else None,
                     run=nested[n] if nested[n] != "~" else None,
                     due_at=rfc3339(due[n] or wakes[n]),
+                    usage=record.get("usage"),
                 )
             )
         return found

@@ -189,10 +189,12 @@ class _Input:
         return self._servers is not None
 
     def _wait_for_family(self) -> set[int]:
-        """Return the pids of all below `up`: (the server,) control, the worker and its children."""
-        count = 4 if self._is_amqp else 5
-        found = wait_for(lambda: one if len(one := children(self._up.pid)) >= count else None, "all have started")
-        return {process.pid for process in found}
+        """Return the pids of the parts of `up`: (the server,) control and the worker, whose children come and go."""
+        count = 2 if self._is_amqp else 3
+        return wait_for(lambda: one if len(one := self._parts()) >= count else None, "all have started")
+
+    def _parts(self) -> set[int]:
+        return {process.pid for process in psutil.Process(self._up.pid).children()}
 
     def _memory(self) -> dict[str, float]:
         found = {}
@@ -240,9 +242,11 @@ class _Input:
 
     def _judge(self, pids: set[int]) -> None:
         report, faults = self._report, self._report.faults
-        now = {process.pid for process in children(self._up.pid)}
+        now = self._parts()
         if now != pids:
             faults["processes"] = [f"died: {sorted(pids - now)}, new: {sorted(now - pids)}"]
+        lost = [line for line in (Path(report.logs) / "up.log").read_text().splitlines() if '"child_lost"' in line]
+        faults["children"] = lost
         report.runs = len(self._ids)
         outcomes = {one: self._engine.ledger.outcome(one) for one in self._ids}
         faults["runs"] = [

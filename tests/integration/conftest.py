@@ -129,6 +129,14 @@ def big(characters):
 def length(value):
     return len(value)
 
+def take(megabytes, cpu_s, seconds=0.0, times=1, **_):
+    held = bytearray(int(megabytes * 1e6))
+    held[::4096] = b"x" * len(held[::4096])
+    until = time.process_time() + cpu_s
+    while time.process_time() < until:
+        pass
+    time.sleep(seconds)
+
 def leave():
     sys.exit(3)
 

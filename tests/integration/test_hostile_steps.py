@@ -55,7 +55,7 @@ def block_signals():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 def lower_recursion():
-    sys.setrecursionlimit(60)
+    sys.setrecursionlimit(100)
 
 # What forks
 

@@ -116,3 +116,20 @@ def test_a_usage_error_is_one_line(arguments: list[str], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_pool_that_no_step_uses_is_a_warning(tmp_path):
+    """Not a fault: a step may come. `default` is always there."""
+    write_project(
+        tmp_path,
+        {
+            "tasks.py": "def f(): ...\n",
+            "workflows/w.yaml": "workflow: w\nsteps: {f: {task: 'tasks:f', pool: cpu}}\n",
+            "orchestrator.toml": "[pools.default]\n[pools.cpu]\n[pools.gpu]\n",
+        },
+    )
+    where = ["--project", str(tmp_path)]
+    result = CliRunner().invoke(app, ["validate", *where], catch_exceptions=False)
+    assert (result.exit_code, result.stderr) == (0, "warning: orchestrator.toml: pools.gpu: no step uses it\n")
+    result = CliRunner().invoke(app, ["validate", "--json", *where], catch_exceptions=False)
+    assert json.loads(result.stdout)["warnings"] == ["orchestrator.toml: pools.gpu: no step uses it"]

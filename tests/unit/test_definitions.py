@@ -631,7 +631,7 @@ def test_the_schema_is_what_is_read():
     definitions = schema["$defs"]
     assert set(definitions["Step"]["properties"]) == {
         "task", "workflow", "sleep", "until", "with", "needs", "foreach", "max_parallel", "if", "trigger_rule",
-        "retry", "timeout", "memory", "pool", "description",
+        "retry", "timeout", "memory", "resources", "pool", "description",
     }  # fmt: skip
     assert set(definitions["OnEntry"]["properties"]) == {"file", "event", "s3", "webhook", "schedule", "queue", "run"}
     for name in ("Step", "FileTrigger", "WebhookTrigger", "ScheduleTrigger", "OnEntry"):

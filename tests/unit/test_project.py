@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import NotFoundError, TaskNotFoundError
+from orchestrator.pools import PoolKind, PoolSettings
 from orchestrator.project import (
     code_files,
     definition_files,
@@ -62,6 +63,11 @@ def project(tmp_path, monkeypatch):
 
 def yaml(task="tasks:split", arguments="path: x", name="w"):
     return WORKFLOW.format(name=name, task=task, arguments=arguments)
+
+
+def pools(*names: str) -> dict[str, PoolSettings]:
+    """Return declared pools, with nothing said of them."""
+    return {name: PoolSettings() for name in names}
 
 
 def faults_of(root, **options):
@@ -427,7 +433,7 @@ def test_steps_of_hooks_are_checked_as_others_are(project):
         "finally:\n  d:\n    task: tasks:split\n    pool: cpus\n    with: {pth: 1, path: 2}\n"
     )
     root = project(**{"workflows/w.yaml": text})
-    assert faults_of(root, pools=["default", "cpu"]) == [
+    assert faults_of(root, pools=pools("default", "cpu")) == [
         "workflows/w.yaml:8: on_failure.b.task: no 'splt' in 'tasks'; did you mean 'split'?",
         "workflows/w.yaml:10: on_failure.c.workflow: unknown workflow 'w2'; did you mean 'w'?",
         "workflows/w.yaml:14: finally.d.pool: unknown pool 'cpus'; did you mean 'cpu'?",
@@ -443,7 +449,7 @@ def test_a_hook_of_another_file_has_its_faults_there(project):
     hooks += "def tell():\n    split.options(pool='cpus')('a')\n"
     flow = "import hooks\nfrom orchestrator import workflow\n@workflow(finally_=hooks.tell)\ndef w():\n"
     root = project(**{"lib/__init__.py": "", "hooks.py": hooks, "w.py": flow + "    hooks.split('a')\n"})
-    found = load_project(root, pools=["default"])
+    found = load_project(root, pools=pools("default"))
     (fault,) = found.faults
     assert str(fault).startswith("hooks.py:5: finally.split_2.pool: unknown pool 'cpus'")
     assert found.workflows == {}
@@ -453,10 +459,108 @@ def test_pools_must_be_known_if_they_are_declared(project):
     """With None, any name is a pool."""
     root = project(**{"workflows/w.yaml": yaml() + "    pool: cpus\n"})
     assert faults_of(root) == []
-    assert len(load_in_subprocess(root, pools=[]).faults) == 1
-    assert faults_of(root, pools=["default", "cpu"]) == [
+    assert len(load_in_subprocess(root, pools=pools()).faults) == 1
+    assert faults_of(root, pools=pools("default", "cpu")) == [
         "workflows/w.yaml:6: steps.a.pool: unknown pool 'cpus'; did you mean 'cpu'?"
     ]
+
+
+SIZES = {
+    "default": PoolSettings(),
+    "large": PoolSettings(memory=8 * 10**9, cpu=4),
+    "medium": PoolSettings(memory=4 * 10**9, cpu=2),
+    "vision": PoolSettings(memory=8 * 10**9, cpu=4, gpu=1),
+    "web": PoolSettings(kind=PoolKind.THREADS),
+}
+
+
+@pytest.mark.parametrize(
+    ("resources", "pool"),
+    [
+        ("{}", "default"),
+        ("{cpu: 1}", "default"),
+        ("{cpu: 1.5}", "medium"),
+        ("{memory: 3GB}", "medium"),
+        ("{memory: 4GB, cpu: 3}", "large"),
+        ("{gpu: 1}", "vision"),
+    ],
+)
+def test_resources_pick_the_smallest_pool_that_fits(project, resources, pool):
+    """GPUs before memory before cores; a pool that says nothing has one core and promises no memory."""
+    found = load_project(project(**{"workflows/w.yaml": yaml() + f"    resources: {resources}\n"}), pools=SIZES)
+    assert found.faults == []
+    (step,) = found.workflows["w"].steps
+    assert step.pool == pool
+    assert load_in_subprocess(found.root, pools=SIZES) == found
+
+
+def test_resources_of_a_task_hold_for_its_steps(project):
+    """In YAML too; a step's own count more, and a pool that is named is only checked."""
+    tasks = """
+    from orchestrator import task, workflow
+    @task(resources={"gpu": 1})
+    def see(path): return path
+    @workflow
+    def p(path: str):
+        see.options(resources={"memory": "3GB"}, id="b")(see(path))
+    """
+    text = yaml(task="tasks:see") + "  c:\n    task: tasks:see\n    with: {path: x}\n    pool: vision\n"
+    found = load_project(project(**{"tasks.py": tasks, "workflows/w.yaml": text}), pools=SIZES)
+    assert [step.pool for step in found.workflows["w"].steps] == ["vision", "vision"]
+    assert {step.id: step.pool for step in found.workflows["p"].steps} == {"see": "vision", "b": "medium"}
+
+
+@pytest.mark.parametrize(
+    ("rest", "fault"),
+    [
+        (
+            "resources: {gpu: 2}",
+            "steps.a.resources: no pool fits: it asks for gpu: 2, and default has cpu: 1; large has memory: 8GB, "
+            "cpu: 4; medium has memory: 4GB, cpu: 2; vision has memory: 8GB, cpu: 4, gpu: 1; "
+            "web has cpu: 1; give [pools.NAME] of orchestrator.toml more, or ask for less",
+        ),
+        (
+            "{resources: {cpu: 2}, pool: default}",
+            "steps.a.resources: does not fit the pool that it names: it asks for cpu: 2, and default has cpu: 1; "
+            "give [pools.NAME] of orchestrator.toml more, or ask for less",
+        ),
+        ("resources: {cpus: 2}", "steps.a.resources.cpus: unknown key 'cpus'; did you mean 'cpu'?"),
+        ("resources: {cpu: 0}", "steps.a.resources.cpu: must be more than 0, not 0"),
+        ("resources: {gpu: -1}", "steps.a.resources.gpu: must be at least 0, not -1"),
+        ("resources: {memory: much}", "steps.a.resources.memory: must be a number of bytes"),
+        ("resources: 2", "steps.a.resources: must be a mapping, not 2"),
+        (
+            "{pool: web, timeout: 5s}",
+            "steps.a.timeout: cannot be kept in pool 'web', whose kind is threads: a thread cannot be ended; "
+            "take it away, or use a pool of kind prefork",
+        ),
+        ("{pool: web, memory: 1GB}", "steps.a.memory: cannot be kept in pool 'web', whose kind is threads"),
+    ],
+)
+def test_what_no_pool_can_give_is_refused(project, rest, fault):
+    """With the line of the field, what was asked for, and what there is."""
+    given = rest[1:-1].replace(", pool", "\n    pool").replace(", timeout", "\n    timeout") if rest[0] == "{" else rest
+    given = given.replace(", memory", "\n    memory")
+    (found,) = faults_of(project(**{"workflows/w.yaml": yaml() + f"    {given}\n"}), pools=SIZES)
+    assert f": {fault}" in found
+    assert found.startswith("workflows/w.yaml:")
+
+
+def test_a_timeout_of_the_project_is_not_for_threads(project):
+    """It is said of all steps, and a thread cannot be ended."""
+    root = project(**{"workflows/w.yaml": yaml() + "    pool: web\n"})
+    found = load_project(root, pools=SIZES, defaults=Defaults(timeout_s=5.0, memory=10**9))
+    assert found.faults == []
+    (step,) = found.workflows["w"].steps
+    assert (step.timeout_s, step.memory) == (None, None)
+
+
+def test_without_pools_resources_that_one_process_has_are_met(project):
+    """Then there is one pool, of which nothing is said."""
+    root = project(**{"workflows/w.yaml": yaml() + "    resources: {cpu: 1}\n"})
+    assert faults_of(root) == []
+    (root / "workflows/w.yaml").write_text(yaml() + "    resources: {gpu: 1}\n")
+    assert "no pool fits: it asks for gpu: 1, and default has cpu: 1" in faults_of(root)[0]
 
 
 def test_registered_names_and_pools_of_decorators_hold_for_yaml(project):
@@ -562,9 +666,9 @@ def test_loading_in_a_process_of_its_own_gives_the_same(project):
         + "@workflow(on=[on.file('in')])\ndef w(): t()\n"
     )
     root = project(**{"w.py": text, "workflows/b.yaml": "a: [", "workflows/c.yaml": yaml(name="c")})
-    found = load_in_subprocess(root, pools=["default"])
+    found = load_in_subprocess(root, pools=pools("default"))
     assert "w" not in sys.modules
-    assert found == load_project(root, pools=["default"])
+    assert found == load_project(root, pools=pools("default"))
     assert list(found.workflows) == ["c", "w"]
     assert (found.faults[0].file, found.faults[0].line) == ("workflows/b.yaml", 1)
     printed = subprocess.run(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import SettingsError
+from orchestrator.pools import PoolKind, PoolSettings, pools_from_json, pools_to_json
 from orchestrator.retries import RetryPolicy
 from orchestrator.settings import Settings, mask_url, read_secret
 from orchestrator.workflows import Defaults
@@ -59,6 +62,33 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
         ("[settings]\nblobs_url = 'ftp://x'", "blobs_url must be a file:// URL"),
         ("[pools.a]\nconcurrency = 0", "pools.a.concurrency: must be at least 1, not 0"),
         ("[pools.a]\nsize = 1", "pools.a.size: unknown key 'size'"),
+        ("[pools.a]\nmin = 3\nmax = 2", "orchestrator.toml: pools.a.min: 3 is above max 2"),
+        ("[pools.a]\nmin = 3\nconcurrency = 2", "pools.a.min: 3 is above max 2 (which is concurrency)"),
+        ("[pools.a]\nmin = 90_000", "pools.a.min: 90000 is above max"),
+        ("[pools.a]\nmin = -1", "pools.a.min: must be at least 0, not -1"),
+        ("[pools.a]\nmax = 0", "pools.a.max: must be at least 1, not 0"),
+        ("[pools.a]\nmax = 1_000_000", "pools.a.max: must be at most 100000, not 1000000"),
+        ("[pools.a]\nmax = 1.5", "pools.a.max: must be a whole number, not 1.5"),
+        ("[pools.a]\nmax = true", "pools.a.max: must be a whole number, not True"),
+        ("[pools.a]\nkind = 'gevent'", "pools.a.kind: must be one of prefork, threads, not 'gevent'"),
+        ("[pools.a]\nmemory = 'much'", "pools.a.memory: must be a number of bytes, or text such as 10KB"),
+        ("[pools.a]\nmemory = 1", "pools.a.memory: must be from 1MB to 1000000GB"),
+        ("[pools.a]\ncpu = 0", "pools.a.cpu: must be more than 0, not 0"),
+        ("[pools.a]\ncpu = nan", "pools.a.cpu: must be at most 10000, not nan"),
+        ("[pools.a]\ngpu = 0.5", "pools.a.gpu: must be a whole number, not 0.5"),
+        ("[pools.a]\nidle_after = 0", "pools.a.idle_after: must be more than 0, not 0"),
+        ("[pools.a]\nidle_after = 'soon'", "pools.a.idle_after: must be a duration"),
+        ("[pools.a]\ntarget = 'soon'", "pools.a.target.start_within: must be a duration"),
+        (
+            "[pools.a]\ntarget = {within = '5s'}",
+            "pools.a.target.within: unknown key 'within'; did you mean 'start_within'",
+        ),
+        ("[pools.a]\ntarget = []", "pools.a.target: must be a mapping, not a list"),
+        ("[pools.a]\nmax_tasks_per_process = 0", "pools.a.max_tasks_per_process: must be at least 1, not 0"),
+        (
+            "[pools.a]\nkind = 'threads'\nmax_tasks_per_process = 5",
+            "pools.a.max_tasks_per_process: belongs to a pool of kind prefork",
+        ),
         ("[pools]\na = 1", "pools.a: must be a table"),
         ("settings = 3", "settings: must be a table, as in [settings]"),
         ("pools = 3", "pools: must be a table, as in [pools]"),
@@ -147,3 +177,21 @@ def test_a_dsn_is_read_where_it_is_and_never_shown(tmp_path: Path, monkeypatch: 
     with pytest.raises(SettingsError, match="is no DSN") as error:
         load(tmp_path, environ={"ORCHESTRATOR_SENTRY_DSN": f"file:{tmp_path / 'odd'}"}).read_sentry_dsn()
     assert "hunter2" not in str(error.value)
+
+
+def test_a_pool_says_its_limits(tmp_path: Path) -> None:
+    """All keys; the short form of the target; one bound stands for the other."""
+    text = (
+        "[pools.a]\nmin = 1\nmax = 8\nconcurrency = 4\nkind = 'prefork'\nmemory = '2GB'\ncpu = 0.5\ngpu = 1\n"
+        "max_tasks_per_process = 100\nidle_after = '2m'\ntarget = {start_within = '500ms'}\n"
+        "[pools.b]\nconcurrency = 3\ntarget = '1s'\n[pools.c]\nmax = 50\nkind = 'threads'\n"
+    )
+    pools = load(tmp_path, text).pools
+    assert pools["a"] == PoolSettings(
+        minimum=1, maximum=8, concurrency=4, memory=2 * 10**9, cpu=0.5, gpu=1, max_tasks_per_process=100,
+        idle_after_s=120.0, start_within_s=0.5,
+    )  # fmt: skip
+    assert (pools["b"].maximum, pools["b"].start_within_s, pools["b"].minimum) == (3, 1.0, 0)
+    assert (pools["c"].maximum, pools["c"].concurrency, pools["c"].kind) == (50, os.cpu_count(), PoolKind.THREADS)
+    assert load(tmp_path).pool("other") == PoolSettings()
+    assert pools_from_json(json.loads(json.dumps(pools_to_json(pools)))) == pools

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 from billiard import get_context
 
+from orchestrator.pools import MESSAGE_BOUNDS
 from workers.slots import Exit, Slots, Stop, Work
 
 fork_context = get_context("fork")  # as Celery starts its children
@@ -126,4 +128,43 @@ def test_a_reader_never_sees_half_of_a_write() -> None:
             called += work.deadline != 0.0
     stop.set()
     writer.join()
+    slots.close()
+
+
+def test_a_parent_reads_how_long_messages_took_also_those_of_a_child_that_has_died() -> None:
+    slots = Slots(2)
+    slots.begin_message(1)
+    assert slots.message_since(1) > 0.0
+    slots.end_message(1)
+    busy_s, served = slots.served(1)
+    assert (slots.message_since(1), sum(served), len(served)) == (0.0, 1, len(MESSAGE_BOUNDS) + 1)
+    assert served[0] == 1  # it took less than a millisecond
+    slots.begin_message(1)
+    slots.forget_message(1)
+    assert slots.message_since(1) == 0.0
+    assert slots.served(1)[0] > busy_s
+    assert slots.served(1)[1] == served
+    assert slots.served(0) == (0.0, [0] * len(served))
+    slots.close()
+
+
+def test_who_is_to_leave_is_said_of_one_child_and_not_of_the_next() -> None:
+    slots = Slots(1)
+    slots.set_leaving(0, 4711)
+    assert (slots.is_leaving(0, 4711), slots.is_leaving(0, 4712)) == (True, False)
+    slots.set_leaving(0, 0)
+    assert not slots.is_leaving(0, 4711)
+    slots.spend(0)
+    assert slots.is_leaving(0, os.getpid())
+    assert slots.is_spent(0, os.getpid())
+    assert not slots.is_leaving(0, 4711)
+    slots.close()
+
+
+def test_whether_somebody_watches_is_told_to_all_children() -> None:
+    slots = Slots(1)
+    assert not slots.is_monitored
+    slots.is_monitored = True
+    assert slots.is_monitored
+    assert not slots.is_draining
     slots.close()
