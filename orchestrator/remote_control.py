@@ -10,15 +10,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from kombu.pidbox import Mailbox
 
+from orchestrator.audit import Audit
 from orchestrator.celery_app import broker_errors
-from orchestrator.engine import Engine
-from orchestrator.errors import OrchestratorError
+from orchestrator.engine import Engine, now_ms
+from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.runs import parse_task_id
+from orchestrator.runs import task_id as task_id_of
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage, get_logger
 
@@ -32,7 +34,7 @@ _HEARTBEAT_S = 10
 _EXPIRES_S = 60.0
 #: Commands of Celery's that cannot be carried out here, and what to do instead.
 REFUSED: Mapping[str, str] = {
-    "rate_limit": "a message carries steps of several kinds, so nothing is limited by name; use max_parallel, or a pool",
+    "rate_limit": "a message carries steps of several kinds; use max_parallel of a step, or max of its pool",
     "time_limit": "set `timeout` of the step in its workflow",
     "shutdown": "stop the process of the worker (SIGTERM); it is started again by what has started it",
     "pool_grow": "the autoscaler sets the size of a pool; `orchestrator pools scale NAME N` does so by hand",
@@ -44,8 +46,11 @@ REFUSED: Mapping[str, str] = {
 }
 
 
-def revoke(engine: Engine, task_id: object) -> dict[str, Any]:
-    """Cancel the steps that task ids name (runs.task_id), each in its run; idempotent. Answers as commands do."""
+def revoke(engine: Engine, task_id: object = None, **_: object) -> dict[str, Any]:
+    """Cancel the steps that task ids name (runs.task_id), each in its run; idempotent. Answers as commands do.
+
+    What else a tool may say (`terminate`, `signal`) makes no difference: what is at work is told to stop, then killed.
+    """
     told = []
     for one in task_id if isinstance(task_id, list | tuple) else [task_id]:
         try:
@@ -55,9 +60,29 @@ def revoke(engine: Engine, task_id: object) -> dict[str, Any]:
             told.append(f"{one}: {exc}")
             continue
         if cancelled:
-            log.info("step_revoked", run=run, step=slot)
+            _note(engine, run, slot, attempt)
         told.append(f"{one}: {'cancelled' if cancelled else 'it has ended, or is being cancelled'}")
     return {"ok": "; ".join(told)}
+
+
+def _note(engine: Engine, run: str, slot: str, attempt: int) -> None:
+    """Write down that a step was cancelled by remote control; if it was not at work, tell the tools that it ended."""
+    log.info("step_revoked", run=run, step=slot)
+    away: tuple[type[Exception], ...] = (UnavailableError, *broker_errors(engine.app))
+    try:
+        Audit(engine.ledger).begin(
+            {"who": "remote control", "address": "", "action": "revoke", "target": f"{run}/{slot}", "status": 200}
+            | {"about": {"attempt": attempt}},
+            now_ms(),
+        )
+        worker = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0]
+        if worker and engine.ledger.state_of(run, slot) == "cancelled":
+            with engine.app.events.default_dispatcher(hostname=worker, enabled=True) as dispatcher:
+                dispatcher.send(
+                    "task-revoked", uuid=task_id_of(run, slot, attempt), terminated=False, signum=None, expired=False
+                )
+    except away as exc:
+        log.warning("revoke_not_noted", run=run, step=slot, error=str(exc))
 
 
 class _Handlers(dict[str, Command]):
@@ -71,8 +96,9 @@ class _Handlers(dict[str, Command]):
 class RemoteControl:
     """Listens under a name and answers `commands`, called as `command(**arguments)`, in a thread.
 
-    With `only` it answers these and is silent to all else. `is_wanted` tells whether to listen now. While it uses the
-    broker it holds `guard`, and with one it looks some times a second, and does not wait on the broker.
+    A worker (`is_worker`) answers all others too, that it does not do that. `is_wanted` tells whether to listen now.
+    While it uses the broker it holds `guard`, and with one it looks some times a second, and does not wait on the
+    broker.
     """
 
     def __init__(
@@ -81,14 +107,14 @@ class RemoteControl:
         name: str,
         commands: Mapping[str, Command],
         *,
-        only: bool = False,
+        is_worker: bool = False,
         is_wanted: Callable[[], bool] = lambda: True,
         guard: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._app = engine.app
         self._name = name
         self._handlers = _Handlers({method: _ignoring_state(command) for method, command in commands.items()})
-        self._only = only
+        self._is_worker = is_worker
         self._is_wanted = is_wanted
         self._guard: AbstractContextManager[Any] = nullcontext() if guard is None else guard
         # Of a wait: how long it holds the guard, and how long it lets others have it.
@@ -128,10 +154,8 @@ class RemoteControl:
             check_at = 0.0
             while self._is_wanted() and not stopping.is_set():
                 with self._guard:
-                    try:
+                    with suppress(TimeoutError):
                         connection.drain_events(timeout=self._wait_s)
-                    except TimeoutError:
-                        pass
                     if time.monotonic() >= check_at:
                         check_at = time.monotonic() + _HEARTBEAT_S / 4
                         connection.heartbeat_check()
@@ -159,7 +183,7 @@ class RemoteControl:
         node.listen(callback=lambda body, message: self._answer(node, body, message))
 
     def _answer(self, node: Any, body: Any, message: Any) -> None:
-        if not isinstance(body, dict) or (self._only and body.get("method") not in self._handlers):
+        if not isinstance(body, dict) or not (self._is_worker or body.get("method") in self._handlers):
             return
         try:
             node.handle_message(body, message)

@@ -7,13 +7,13 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from orchestrator.engine import Engine
 from orchestrator.errors import UnavailableError
 from orchestrator.ledger import keys
 from orchestrator.remote_control import Command, revoke
-from orchestrator.runs import parse_task_id
 from orchestrator.telemetry import get_logger
 from workers.slots import Slots, Work
 from workers.task_events import Monitoring, Told
@@ -53,14 +53,11 @@ class Commands:
             "active": self._active,
             "active_queues": self._active_queues,
             "conf": self._conf,
-            "revoke": self._revoke,
+            "revoke": partial(revoke, self._engine),
             "heartbeat": lambda **_: self._monitoring.beat(),
             "enable_events": lambda **_: {"ok": "task events enabled"},  # the control process sees to it
             "disable_events": lambda **_: {"ok": "they stop by themselves when nobody asks for them"},
         }
-
-    def _revoke(self, task_id: Any = None, **_: Any) -> dict[str, Any]:
-        return revoke(self._engine, task_id)
 
     def _conf(self, **_: Any) -> dict[str, Any]:
         settings = asdict(self._engine.settings.pool(self._pool))
@@ -79,9 +76,9 @@ class Commands:
         }
         controller = self._controller()
         if controller is not None and controller.pool is not None:
-            found["pool"] = {"implementation": type(controller.pool).__name__} | {
-                name: value for name, value in controller.pool.info.items() if name in ("max-concurrency", "processes")
-            }
+            processes = controller.pool.info.get("processes", [])
+            found["pool"] = {"implementation": type(controller.pool).__name__, "processes": processes}
+            found["pool"]["max-concurrency"] = self._slots.count
         if controller is not None and controller.consumer is not None:
             found["prefetch_count"] = getattr(controller.consumer.qos, "value", None)
             broker = controller.consumer.connection

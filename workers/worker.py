@@ -71,6 +71,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             engine,
             identity.worker,
             Commands(engine, slots, monitoring, pool=pool, worker=identity.worker, controller=lambda: worker).by_name(),
+            is_worker=True,
             is_wanted=lambda: slots.is_monitored,
             guard=forking,
         )

@@ -1,6 +1,6 @@
 """Run the rule that sizes pools over arrivals in simulated time, beside other rules.
 
-    python -m tests.simulation [--only burst,daily] [--write docs]
+python -m tests.simulation [--only burst,daily] [--write docs]
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def steady() -> Pattern:
 def burst() -> Pattern:
     rng = random.Random(SEED)
     messages = [(at_s, held(rng, 0.5)) for at_s, count in ((30, 50), (630, 300), (1230, 2000)) for _ in range(count)]
-    return Pattern(name="burst", title="bursts: 50, 300 and 2,000 at once, 0.5 s each", messages=messages, horizon_s=1800)
+    return Pattern(
+        name="burst", title="bursts: 50, 300 and 2,000 at once, 0.5 s each", messages=messages, horizon_s=1800
+    )
 
 
 def on_off() -> Pattern:
@@ -76,32 +78,32 @@ def daily() -> Pattern:
         return 4 * max(0.0, math.sin(math.pi * (at_s / 3600 - 6) / 12)) ** 2
 
     messages = [(at_s, held(rng, 2.0)) for at_s in poisson(rng, rate, 4, 86400)]
-    return Pattern(name="daily", title="a day: none at night, 4 a second at noon, 2 s each", messages=messages, horizon_s=86400)
+    return Pattern(
+        name="daily", title="a day: none at night, 4 a second at noon, 2 s each", messages=messages, horizon_s=86400
+    )
 
 
 def long_among_short() -> Pattern:
     rng = random.Random(SEED)
     moments = poisson(rng, lambda _: 5, 5, 2400)[:10_000]
     messages = [(at_s, 7200.0 if index == 2000 else held(rng, 0.5)) for index, at_s in enumerate(moments)]
-    return Pattern(
-        name="long", title="one step of 2 hours among 10,000 of 0.5 s", messages=messages, horizon_s=8400
-    )
+    return Pattern(name="long", title="one step of 2 hours among 10,000 of 0.5 s", messages=messages, horizon_s=8400)
 
 
 def long_after_short() -> Pattern:
     rng = random.Random(SEED)
     short = [(30 + index / 100, held(rng, 0.02)) for index in range(5000)]
     long = [(200 + index / 10, held(rng, 60)) for index in range(20)]
-    return Pattern(
-        name="change", title="5,000 of 20 ms, then 20 of a minute", messages=[*short, *long], horizon_s=900
-    )
+    return Pattern(name="change", title="5,000 of 20 ms, then 20 of a minute", messages=[*short, *long], horizon_s=900)
 
 
 def mixed() -> Pattern:
     rng = random.Random(SEED)
     moments = poisson(rng, lambda _: 1, 1, 3600)
     messages = [(at_s, held(rng, 60 if rng.random() < 0.1 else 0.2)) for at_s in moments]
-    return Pattern(name="mixed", title="1 a second; one in ten takes a minute, others 0.2 s", messages=messages, horizon_s=4500)
+    return Pattern(
+        name="mixed", title="1 a second; one in ten takes a minute, others 0.2 s", messages=messages, horizon_s=4500
+    )
 
 
 def trickle() -> Pattern:

@@ -111,9 +111,7 @@ class Pool:
             self._wanted = size
             self._changed.add(int(self.now_s))
 
-    def start_worker(
-        self, ceiling: int, ready: Callable[[Worker], None], *, delay_s: float = WORKER_START_S
-    ) -> str:
+    def start_worker(self, ceiling: int, ready: Callable[[Worker], None], *, delay_s: float = WORKER_START_S) -> str:
         name = f"w{next(self._names):04}"
 
         def begin() -> None:

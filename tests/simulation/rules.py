@@ -67,9 +67,7 @@ class Ours:
         live = [one for one in self._pool.live()]
         while self._launched < self._wanted:
             self._launched += 1
-            self._pool.start_worker(
-                self._settings.concurrency, self._ready, delay_s=1.5 if self._pool.now_s else 0.0
-            )
+            self._pool.start_worker(self._settings.concurrency, self._ready, delay_s=1.5 if self._pool.now_s else 0.0)
         reports = [one.report(self._pool.now_s) for one in live]
         for name in first_to_leave(reports, self._targets)[: max(0, self._launched - self._wanted)]:
             if len(live) > 1:
