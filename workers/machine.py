@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SettingsError
-from orchestrator.pools import PoolSettings
+from orchestrator.pools import PoolSettings, size_text
 
 #: No limit of memory is written as a number near 2**63 by the first version of cgroups.
 _NO_LIMIT = 2**60
@@ -44,7 +44,7 @@ class Machine:
         asked = min(concurrency or pool.concurrency, pool.maximum) if is_declared or not concurrency else concurrency
         bounds = [(asked, "")]
         if pool.memory:
-            has, wants = f"{self.memory / 2**20:.0f} MiB of memory", f"{pool.memory / 2**20:.0f} MiB"
+            has, wants = f"{size_text(self.memory // 10**6 * 10**6)} of memory", size_text(pool.memory)
             bounds.append(
                 (self.memory // pool.memory, f"memory: each process wants {wants}, and this machine has {has}")
             )
@@ -64,7 +64,7 @@ class Machine:
         room, what = min(bounds, key=lambda bound: bound[0])
         if room < 1:
             raise SettingsError(
-                f"pool {name}: {what}; start this worker on a larger machine, or lower {what.partition(':')[0]} in "
+                f"pool {name}: {what}; start its workers on a larger machine, or lower {what.partition(':')[0]} in "
                 f"[pools.{name}]"
             )
         return room

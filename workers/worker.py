@@ -75,8 +75,8 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             is_wanted=lambda: slots.is_monitored,
             guard=forking,
         )
-        watched = (watch, monitoring, control)
-        app.steps["worker"].add(_watch_step(watched, slots))
+        parts = (watch, control, monitoring)
+        app.steps["worker"].add(_watch_step(parts, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         app.conf.worker_autoscaler = sizing.attach
         worker = app.Worker(
@@ -96,7 +96,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             worker.start()
         finally:
             # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
-            for part in reversed(watched):
+            for part in parts:
                 part.stop()
         return int(worker.exitcode or 0)
     finally:
@@ -130,8 +130,8 @@ def _prepare_children(
     *,
     pool: str,
     slots: Slots,
-    events: StepEvents,
     gpus: tuple[str, ...],
+    events: StepEvents,
 ) -> None:
     gpus_each = settings.pool(pool).gpu
 

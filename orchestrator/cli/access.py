@@ -46,12 +46,16 @@ def load(settings: Settings, *, with_secrets: bool = True) -> Project:
     )
 
 
-def warnings_of(settings: Settings, project: Project) -> list[str]:
-    """Say what is no fault of a project, and hardly intended."""
+def used_pools(project: Project) -> set[str]:
+    """Return the pools of the steps of a project."""
     from orchestrator.plan import Plan
 
-    used = {pool for workflow in project.workflows.values() for pool in Plan.of(workflow).pools}
-    unused = sorted(set(settings.pools) - used - {DEFAULT_POOL}) if project.workflows else []
+    return {pool for workflow in project.workflows.values() for pool in Plan.of(workflow).pools}
+
+
+def warnings_of(settings: Settings, project: Project) -> list[str]:
+    """Say what is no fault of a project, and hardly intended."""
+    unused = sorted(set(settings.pools) - used_pools(project) - {DEFAULT_POOL}) if project.workflows else []
     return [f"{FILE_NAME}: pools.{pool}: no step uses it" for pool in unused]
 
 

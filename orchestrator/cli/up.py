@@ -23,7 +23,7 @@ from typing import IO
 
 import redis
 
-from orchestrator.cli.access import load, warnings_of, with_servers
+from orchestrator.cli.access import load, used_pools, warnings_of, with_servers
 from orchestrator.cli.addresses import addresses, listen, listen_as_monitor, url_of
 from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
 from orchestrator.cli.launching import part_command, process_launcher
@@ -40,6 +40,7 @@ from orchestrator.settings import Settings, mask_url
 from orchestrator.tokens import Tokens, check_exposure
 from workers.launchers import FaultNotes, Launched
 from workers.launchers.parts import Part, wait_for
+from workers.machine import Machine
 
 _POLL_S = 0.2
 _SERVER_START_S = 30.0
@@ -80,6 +81,9 @@ class Up:
                 f"{self._settings.project} has no workflows; make one with `orchestrator init DIR`, "
                 "or write workflows/NAME.yaml"
             )
+        machine = Machine.look()
+        for name in sorted(used_pools(project)):
+            machine.ceiling(name, self._settings.pool(name), is_declared=name in self._settings.pools)  # or raises
         lock = self._lock()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)

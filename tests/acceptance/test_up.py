@@ -139,6 +139,27 @@ def test_a_port_in_use_is_refused(make_up: MakeUp) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("pool", "fault"),
+    [
+        ('memory = "900GB"', "pool default: memory: each process wants 900GB, and this machine has "),
+        ("gpu = 1000", "pool default: gpu: each process wants 1000 GPUs, and this machine has "),
+        ("cpu = 5000", "pool default: cpu: each process wants 5000 cores, and this machine has "),
+        ("min = 3\nmax = 2", "orchestrator.toml: pools.default.min: 3 is above max 2"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused_in_one_line(make_up: MakeUp, pool: str, fault: str) -> None:
+    """Only of pools that steps use: another machine may have room for the others."""
+    made = make_up(FILES | {"orchestrator.toml": f"[pools.default]\n{pool}\n[pools.other]\n{pool}\n"})
+    done = subprocess.run(
+        command("up", "--project", str(made.project)), capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {fault}")
+    assert len(done.stderr.splitlines()) == 1
+    assert "pool other" not in done.stderr
+
+
 def test_a_broker_that_is_not_there_is_named_without_its_password(make_up: MakeUp) -> None:
     made = make_up(FILES)
     url = "redis://:hunter2@127.0.0.1:1/0"

@@ -14,12 +14,13 @@ from typing import Protocol
 import psutil
 
 from orchestrator.ledger.ledger import LEASE_MS
-from tests.chaos.processes import System, children, part_of_up
+from tests.chaos.processes import System, children, part_of_up, parts_of_up
 from tests.chaos.record import Harm, Journal, Tail
 
 #: How often each is chosen, of 100.
 WEIGHTS = {
-    "child": 58, "worker": 8, "control": 9, "dispatcher": 5, "trigger": 8, "beat": 3, "gateway": 3, "list": 2, "stop": 4
+    "child": 55, "worker": 8, "control": 9, "dispatcher": 5, "trigger": 8, "beat": 3, "gateway": 3, "autoscaler": 3,
+    "list": 2, "stop": 4,
 }  # fmt: skip
 _SPARE_LONG = 0.9
 _STOPS = ("parent", "child", "family")
@@ -49,8 +50,8 @@ class Parts:
         return part_of_up(self._roles["up"].pid, "valkey-server")
 
     def workers(self) -> list[int]:
-        found = (part_of_up(self._roles["up"].pid, "worker"), self._roles["worker"].pid)
-        return [pid for pid in found if pid is not None]
+        beside = self._roles["worker"].pid
+        return parts_of_up(self._roles["up"].pid, "worker") + ([] if beside is None else [beside])
 
     def other(self, what: str) -> int | None:
         return part_of_up(self._roles["up"].pid, "control") if what == "control" else self._roles[what].pid

@@ -137,17 +137,23 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def part_of_up(up_pid: int | None, sign: str) -> int | None:
-    """Return the pid of a part of `up`: `valkey-server`, `control` or `worker`."""
+    """Return the pid of a part of `up`: `valkey-server`, `control` or a `worker`."""
+    return next(iter(parts_of_up(up_pid, sign)), None)
+
+
+def parts_of_up(up_pid: int | None, sign: str) -> list[int]:
+    """Return the pids of all its parts of a kind, of which workers come and go."""
+    found = []
     try:
         for child in psutil.Process(up_pid).children() if up_pid is not None else []:
             try:
                 if sign in {Path(word).name for word in " ".join(child.cmdline()).split()}:
-                    return child.pid
+                    found.append(child.pid)
             except psutil.Error:
                 continue
     except psutil.NoSuchProcess:
         pass
-    return None
+    return found
 
 
 def server_url(data_dir: Path) -> str | None:

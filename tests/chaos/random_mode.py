@@ -8,8 +8,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+from orchestrator.errors import UnavailableError
 from tests.chaos import checks, record, recovery
 from tests.chaos.killer import Killer, Parts
 from tests.chaos.load import Load
@@ -24,6 +26,8 @@ STUCK_S = 120.0
 _IN_FLIGHT = 18
 #: Between two cuts of the connections to the store, on average; half of them let nothing through for up to so long.
 _CUT_S, _SILENT_S = 8.0, 6.0
+#: Between two changes of the pool's size by hand, on average, and what it is set to.
+_SIZE_S, _SIZES = 3.0, (None, None, None, 0, 1, 2, 3, 6)
 
 
 def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
@@ -41,7 +45,7 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
         sources.join(system)
         system.start(Role("up", orchestrator("up", *place), sources.env))
         wait_for(lambda: is_ready(data_dir), "`up` is ready")
-        for name in ("dispatcher", "trigger", "beat", "worker"):
+        for name in ("dispatcher", "trigger", "beat", "autoscaler", "worker"):
             system.start(Role(name, orchestrator(name, *place), sources.env))
         system.start(_second_gateway(work, sources))
         load = Load(work, data_dir, random.Random(seed), sources=sources, follows=True, ticks=True)
@@ -51,6 +55,7 @@ def run(*, kills: int, seed: int, minutes: float, every_s: float) -> Report:
         try:
             _strike(killer, load, sources, kills, began + minutes * 60, every_s, random.Random(seed + 2))
         finally:
+            _size(load, None)
             load.stop.set()
             starter.join()
             killer.close()
@@ -84,7 +89,7 @@ def _second_gateway(work: Path, sources: Sources) -> Role:
 def _strike(
     killer: Killer, load: Load, sources: Sources, kills: int, until: float, every_s: float, chance: random.Random
 ) -> None:
-    said = strike_at = cut_at = time.monotonic()
+    said = strike_at = cut_at = size_at = time.monotonic()
     while killer.kills < kills and time.monotonic() < until:
         time.sleep(0.02)
         killer.wake(time.monotonic())
@@ -94,9 +99,18 @@ def _strike(
         if time.monotonic() >= cut_at:
             sources.cut(max(0.0, chance.uniform(-_SILENT_S, _SILENT_S)))
             cut_at = time.monotonic() + chance.uniform(0.2, 1.8) * _CUT_S
+        if time.monotonic() >= size_at:
+            _size(load, chance.choice(_SIZES))
+            size_at = time.monotonic() + chance.uniform(0.2, 1.8) * _SIZE_S
         if time.monotonic() - said > 30:
             said = time.monotonic()
             console.print(f"{killer.kills} killed, {load.in_flight} of {len(load.roots)} runs in flight", style="dim")
+
+
+def _size(load: Load, size: int | None) -> None:
+    """Have the pool grow or shrink to a size; None: to what its autoscaler thinks right."""
+    with suppress(UnavailableError):  # it keeps the one before
+        load.engine.pools.pin("default", size)
 
 
 def _settle(load: Load, work: Path) -> bool:

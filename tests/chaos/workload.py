@@ -117,8 +117,12 @@ rescan_s = 5.0
 grace_s = 5
 stop_grace_s = 1.0
 
+# Its processes come and go all the time, and some of its workers.
 [pools.default]
+max = 6
 concurrency = 2
+idle_after = "1s"
+target = {start_within = "500ms"}
 """
 
 
