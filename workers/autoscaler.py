@@ -26,6 +26,8 @@ from workers.launchers import FaultNotes, Launcher
 log = get_logger(__name__)
 
 PERIOD_S = 1.0
+#: Who rings has published the first of what may be many: one looks again after so long.
+_AGAIN_S = 0.25
 #: Between two turns there is this pause at least, however often somebody rings.
 _LEAST_PAUSE_S = 0.1
 #: A worker that was silent for so long is forgotten.
@@ -81,6 +83,7 @@ class Autoscaler(LeadingService):
         #: When all was seen the last time, and until when pools do not shrink.
         self._seen_at = 0.0
         self._settled_at = 0.0
+        self._was_rung_for = False
         #: Since when a pool has messages and no worker.
         self._deserted: dict[str, float] = {}
 
@@ -97,7 +100,8 @@ class Autoscaler(LeadingService):
         began = time.monotonic()
         if not self.round():
             return PERIOD_S
-        rung = self._engine.pools.wait(PERIOD_S)
+        rung = self._engine.pools.wait(_AGAIN_S if self._was_rung_for else PERIOD_S)
+        self._was_rung_for = bool(rung)
         if rung - self._used:  # one that is in use of late
             self._pools_at = 0.0
         return max(0.0, began + _LEAST_PAUSE_S - time.monotonic())
@@ -162,7 +166,7 @@ class Autoscaler(LeadingService):
 
     def _take_over(self) -> None:
         """Go on from what a predecessor knew, if there was one."""
-        self._states = self._engine.pools.states()
+        self._states, self._targets = self._engine.pools.states(), self._engine.pools.targets()
         memories = {}
         for pool, body in self._engine.pools.memories().items():
             try:
