@@ -148,7 +148,7 @@ class Pool(Model):
         """Return the domain's form of it. `concurrency` alone bounds the pool, too; one worker has all threads."""
         maximum = self.max or self.concurrency
         concurrency = self.concurrency
-        if self.kind == PoolKind.THREADS:
+        if self.kind == "threads":
             maximum = maximum or _THREADS
             concurrency = concurrency or min(maximum, _MOST_CONCURRENCY)
         given = {
