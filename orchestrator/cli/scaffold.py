@@ -15,7 +15,8 @@ _FILES = {
 grace_s = 30
 
 # [pools.cpu]           # steps with `pool: cpu` run here
-# concurrency = 4
+# max = 8               # processes at a time; none as long as there is nothing to do
+# idle_after = "60s"    # how long one may have nothing to do before it goes
 
 # [secrets]             # {{ secrets.API_KEY }} in a definition
 # API_KEY = "env:API_KEY"
