@@ -245,8 +245,8 @@ class Up:
         for pool in self._workers.pools - states.keys() - self._pools:
             self._workers.scale(pool, 0)
         for pool, state in states.items():
-            is_used = state.is_used or pool in self._pools
-            self._workers.scale(pool, max(1, state.desired_workers) if is_used else 0, state.leave)
+            least = int(state.is_used or pool in self._pools)
+            self._workers.scale(pool, max(least, state.desired_workers), state.leave)
 
     def _look_after(self) -> None:
         if (self._settings.data_dir / DEFINITIONS).stat().st_mtime_ns != self._definitions_seen:
