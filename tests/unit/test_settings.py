@@ -206,7 +206,8 @@ def test_a_pool_says_its_limits(tmp_path: Path) -> None:
     text = (
         "[pools.a]\nmin = 1\nmax = 8\nconcurrency = 4\nkind = 'prefork'\nmemory = '2GB'\ncpu = 0.5\ngpu = 1\n"
         "max_tasks_per_process = 100\nidle_after = '2m'\ntarget = {start_within = '500ms'}\n"
-        "[pools.b]\nconcurrency = 3\ntarget = '1s'\n[pools.c]\nmax = 50\nkind = 'threads'\n[pools.d]\nkind = 'threads'\n[pools.e]\nmax = 90\n"
+        "[pools.b]\nconcurrency = 3\ntarget = '1s'\n[pools.c]\nmax = 50\nkind = 'threads'\n"
+        "[pools.d]\nkind = 'threads'\n[pools.e]\nmax = 90\n"
     )
     pools = load(tmp_path, text).pools
     assert pools["a"] == PoolSettings(
