@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import statistics
 import time
@@ -583,3 +584,53 @@ def test_threads_follow_targets_and_stand_by(threads: Place, tmp_path: Path) -> 
     threads.target((worker, 5))
     for run in runs:
         threads.end(run)
+
+
+# All at once ---------------------------------------------------------------------------------------------------------
+
+#: A worker that hears of its target many times a second, and believes it.
+HASTY = """
+import workers.reporting, workers.sizing, workers.watch
+workers.reporting.REPORT_S = workers.watch.PERIOD_S = 0.05
+workers.sizing.WOKEN_S = 0.2
+from orchestrator import task, workflow
+
+@task
+def one():
+    return 1
+
+@workflow
+def w():
+    return one()
+"""
+
+
+def test_each_of_two_thousand_steps_is_run_once_while_processes_come_and_go(settings: Settings) -> None:
+    place = make(settings, flows=HASTY)
+    workers = [place.worker(), place.worker()]
+    chains = [[stamped(place, f"c{c}_{n}", *[f"c{c}_{n - 1}"][:n]) for n in range(10)] for c in range(100)]
+    given = {"record": str(place.record), "name": "{{ 'f%s_%s' % (run.id, item) }}"}
+    fan_out = [step("a", "numbers", with_={"n": 40}), step("b", "stamp", foreach=parse("{{ a }}"), with_=given)]
+    runs = [
+        place.start(*steps) for steps in (*chains, *[fan_out] * 20, *[[stamped(place, f"x{n}")] for n in range(200)])
+    ]
+    chance = random.Random(6)
+    sizes: Counter[int] = Counter()
+    left = set(runs)
+
+    def look() -> bool:
+        place.target(*[(worker, chance.choice((STANDBY, 0, 0, 1, 2, 3, 4))) for worker in workers])
+        sizes[sum(len(pids(worker)) for worker in workers)] += 1
+        left.difference_update([r for r in sorted(left)[:50] if place.queries.run(r, with_steps=False).state.is_end])
+        time.sleep(0.1)
+        return not left
+
+    wait_until(look, "all runs end", 240)
+    counts = Counter(name for name, _ in place.stamps())
+    assert (len(counts), set(counts.values())) == (2000, {1})
+    for run in runs:
+        assert set(attempts(place.end(run)).values()) == {(1, 0)}
+    assert len(sizes) > 3, sizes
+    for worker in workers:
+        assert "child_lost" not in worker.log.read_text()
+    place.close()
