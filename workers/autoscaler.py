@@ -178,7 +178,7 @@ class Autoscaler(LeadingService):
 
     def _take_over(self) -> None:
         """Go on from what a predecessor knew, if there was one."""
-        self._states = self._engine.pools.states()
+        self._states, self._targets = self._engine.pools.states(), self._engine.pools.targets()
         memories = {}
         for pool, body in self._engine.pools.memories().items():
             try:

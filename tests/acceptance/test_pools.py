@@ -242,20 +242,23 @@ def test_workers_end_by_themselves_when_up_is_killed(make_up: MakeUp) -> None:
     wait_until(lambda: not any(one.is_running() for one in family), "all are gone", 30)
 
 
-def test_a_pool_beyond_the_machine_is_shown_as_the_fault_that_it_is(make_up: MakeUp) -> None:
-    files = FILES | {
-        "orchestrator.toml": '[pools.huge]\nmemory = "900000GB"\n',
-        "workflows/huge.yaml": "workflow: huge\nsteps:\n  a: {task: 'tasks:version', pool: huge}\n",
-    }
-    up = make_up(files)
+def test_workers_that_die_at_their_start_are_shown_as_a_fault_of_their_pool(make_up: MakeUp) -> None:
+    dying = 'import os, sys\nif "--words-fd" in sys.argv and "bad" in sys.argv:\n    '
+    files = FILES | {"workflows/bad.yaml": "workflow: bad\nsteps:\n  a: {task: 'bad:version', pool: bad}\n"}
+    up = make_up(files | {"bad.py": f"{dying}raise RuntimeError('it has no licence')\ndef version():\n    return 1\n"})
     up.start()
     up.wait_ready()
-    wait_until(lambda: shown(up, "huge")["faults"], "it is shown")
-    [fault] = shown(up, "huge")["faults"]
-    assert fault.startswith("worker huge ended (exit code 1): pool huge: memory: each process wants ")
-    assert f"huge: {fault}" in up.ask("pools", "list")
+    wait_until(lambda: shown(up, "bad")["faults"], "it is shown")
+    [fault] = shown(up, "bad")["faults"]
+    assert fault.startswith("worker bad ended (exit code 1): ")
+    assert "it has no licence" in fault
+    assert f"bad: {fault}" in up.ask("pools", "list")
     done = json.loads(up.ask("run", "version", "--wait", "--timeout", "60s", "--json"))
     assert done["output"] == 1, "other pools do not mind"
+    (up.project / "bad.py").write_text("def version():\n    return 2\n")
+    done = json.loads(up.ask("run", "bad", "--wait", "--timeout", "60s", "--json"))
+    assert done["output"] == 2
+    wait_until(lambda: shown(up, "bad")["faults"] == [], "it is mended", 30)
     assert up.stop() == 0
 
 

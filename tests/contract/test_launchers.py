@@ -131,6 +131,7 @@ def test_a_worker_that_drains_finishes_its_step_and_another_takes_its_place_mean
 
 
 def test_those_that_are_named_leave_first_else_the_youngest(process: ProcessLauncher, tmp_path: Path) -> None:
+    (tmp_path / "p.step").touch()
     process.scale("p", 1)
     wait_until(lambda: began(tmp_path), "one is there")
     process.scale("p", 3)
@@ -141,16 +142,19 @@ def test_those_that_are_named_leave_first_else_the_youngest(process: ProcessLaun
     second = next(one.worker for one in process.look() if one.phase is not Phase.DRAINING)
     process.scale("p", 1)
     assert [one.worker for one in process.look() if one.phase is not Phase.DRAINING] == [second]
+    (tmp_path / "p.step").unlink()
     wait_until(lambda: len(ended(tmp_path)) == 2, "two have ended in order")
 
 
 def test_workers_of_changed_code_start_and_those_before_drain(process: ProcessLauncher, tmp_path: Path) -> None:
+    (tmp_path / "p.step").touch()
     process.renew("a")
     process.scale("p", 2)
     old = wait_until(lambda: len(began(tmp_path)) == 2 and began(tmp_path), "two are there")
     process.renew("b")
     assert phases(process)["draining"] == 2
     wait_until(lambda: len(began(tmp_path)) == 4, "two of the new code are there")
+    (tmp_path / "p.step").unlink()
     wait_until(lambda: ended(tmp_path) == old, "those before have ended")
     wait_until(lambda: sum(phases(process).values()) == 2, "only the new ones are left")
 

@@ -137,7 +137,7 @@ def test_it_shrinks_after_idle_after_and_says_who_goes_first(
     wait_until(shrunk, "it has shrunk to what is at work")
     assert launcher.counts["p"] == 1
     assert launcher.leave["p"][-1] == "w2"
-    assert (report(engine, "w2", size=1, in_work=[30.0]), report(engine, "w1")) == (1, 0)
+    assert (report(engine, "w2", size=1, in_work=[30.0]), report(engine, "w1")) == (1, STANDBY)
 
 
 def test_a_pool_that_nothing_uses_has_no_worker_launched(engine: Engine, scaler: Autoscaler, launcher: Asked) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from typing import Any
@@ -38,7 +39,11 @@ def cli(settings: Settings, *arguments: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def decide(engine: Engine, *, ago_s: float = 0.0, **fields: Any) -> None:
+#: What is current stays so for as long as a test may take on a busy machine.
+LATER_S = 300
+
+
+def decide(engine: Engine, *, ago_s: float = -LATER_S, **fields: Any) -> None:
     at_ms = engine.ledger.now_ms() - int(ago_s * 1000)
     state = {"size": 3, "busy": 2, "workers": 2, "desired": 4, "desired_workers": 2, "why": "5 wait", "backlog": 5}
     state |= {"arrival_rate": 1.23456, "service_rate": 2.0, "clears_in_s": 2.5, "decided_ms": at_ms} | fields
@@ -47,7 +52,7 @@ def decide(engine: Engine, *, ago_s: float = 0.0, **fields: Any) -> None:
 
 def report(engine: Engine, **fields: Any) -> None:
     said = {"worker": "p@h:1", "pool": "p", "host": "h", "pid": 1, "code": "c0de" * 8, "size": 2, "in_work": [3.0]}
-    engine.pools.report(WorkerReport(**said | {"seen_ms": time.time_ns() // 1_000_000} | fields))
+    engine.pools.report(WorkerReport(**said | {"seen_ms": time.time_ns() // 1_000_000 + LATER_S * 1000} | fields))
 
 
 def test_a_pool_is_shown_as_the_autoscaler_sees_it(settings: Settings, engine: Engine) -> None:
@@ -76,7 +81,7 @@ def test_it_is_told_that_no_autoscaler_is_alive(settings: Settings, engine: Engi
     report(engine, worker="p@h:2", fault="it has no disk")
     report(engine, worker="p@h:3", seen_ms=1)
     page = json.loads(cli(settings, "list", "--json"))
-    assert page["autoscaler"]["fault"].startswith("no autoscaler has reported for 4")
+    assert re.match(r"no autoscaler has reported for (4|5|6)\d s; ", page["autoscaler"]["fault"])
     p = page["items"][1]
     assert (p["size"], p["busy"], p["workers"], p["desired"]) == (4, 2, 2, 4), "what workers say themselves"
     assert p["faults"] == ["it has no disk"]
