@@ -133,7 +133,7 @@ class Autoscaler(LeadingService):
         sights = {
             pool: _Sight(
                 pool=pool,
-                settings=self._engine.settings.pool(pool),
+                settings=self._settings_of(pool, workers),
                 workers=[one for one in workers if one.pool == pool],
                 waiting=waiting.get(pool),
                 pinned=pins.get(pool),
@@ -163,6 +163,18 @@ class Autoscaler(LeadingService):
         for pool, state in states.items():
             # A worker without processes costs little, and starts one at once.
             self._launcher.scale(pool, max(int(state.is_used), state.desired_workers), state.leave)
+
+    def _settings_of(self, pool: str, workers: Iterable[WorkerReport]) -> PoolSettings:
+        """Return the settings of a pool, within whose bounds it is.
+
+        Where somebody else starts workers, one whose size nobody has declared is as large as they let it be: who adds a
+        worker wants it to work, and the cores of this machine say nothing of theirs.
+        """
+        settings = self._engine.settings.pool(pool)
+        if self._launcher.starts_workers or pool in self._engine.settings.pools:
+            return settings
+        there = sum(one.ceiling for one in workers if one.pool == pool and not one.is_draining)
+        return replace(settings, maximum=max(settings.maximum, there))
 
     def _take_over(self) -> None:
         """Go on from what a predecessor knew, if there was one."""

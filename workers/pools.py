@@ -479,8 +479,8 @@ def allocate(
 def _rank(worker: WorkerReport, given: int, before: int | None) -> tuple[int, int, str]:
     """Tell how well one more process is placed with a worker that was given so many; the least is the best.
 
-    What it was to have goes before what it says that it has: that is older, and to follow it would move processes
-    back and forth for as long as reports are late.
+    What it was to have goes before what it says that it has: that is older, and to follow it would move processes back
+    and forth for as long as reports are late.
     """
     to_have = worker.size if before is None else max(0, before)
     if given < len(worker.in_work):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,11 @@ from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.pools import worker_name
 from orchestrator.project import load_project
+from orchestrator.remote_control import RemoteControl
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
 from workers import capture, children
+from workers.commands import Commands
 from workers.consumer import Consumer
 from workers.machine import Machine, gpus_of
 from workers.reporting import Reporting
@@ -63,10 +66,17 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         sizing = Sizing(wanted, ceiling, slots)
         reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
         watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid, events=events)
-        monitoring = Monitoring(
-            app, engine.pools, slots, pipe, identity.worker, publishing=forking, heart=partial(_heart, slots)
+        monitoring = Monitoring(app, slots, pipe, identity.worker, publishing=forking)
+        control = RemoteControl(
+            engine,
+            identity.worker,
+            Commands(engine, slots, monitoring, pool=pool, worker=identity.worker, controller=lambda: worker).by_name(),
+            is_worker=True,
+            is_wanted=lambda: slots.is_monitored,
+            guard=forking,
         )
-        app.steps["worker"].add(_watch_step(watch, monitoring, slots))
+        parts = (watch, control, monitoring)
+        app.steps["worker"].add(_watch_step(parts, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         app.conf.worker_autoscaler = sizing.attach
         worker = app.Worker(
@@ -86,19 +96,15 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             worker.start()
         finally:
             # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
-            watch.stop()
-            monitoring.stop()
+            for part in parts:
+                part.stop()
         return int(worker.exitcode or 0)
     finally:
         pipe.close()
         slots.close()
 
 
-def _heart(slots: Slots) -> dict[str, Any]:
-    return {"active": sum(slots.read(slot) is not None for slot in range(slots.count))}
-
-
-def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]:
+def _watch_step(parts: Sequence[Watch | Monitoring | RemoteControl], slots: Slots) -> type[Any]:
     class WatchStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
         """Starts the watch once the children are there, and tells them when the worker is to stop."""
 
@@ -106,8 +112,8 @@ def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]
 
         def start(self, parent: Any) -> None:
             signals.worker_shutting_down.connect(self._drain, weak=False)
-            watch.start()
-            monitoring.start()
+            for part in parts:
+                part.start()
 
         @staticmethod
         def _drain(**_: Any) -> None:

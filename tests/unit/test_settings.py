@@ -44,6 +44,28 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
     assert (found.broker_url, found.ledger_url) == ("amqp://h//", "redis://h/0")
 
 
+def test_urls_may_be_kept_in_files_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "url").write_text("redis://:secret@h/0\n")
+    monkeypatch.setenv("BROKER", "amqp://user:secret@h//")
+    found = load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": f"file:{tmp_path}/url"})
+    assert (found.broker_url, found.ledger_url) == ("redis://:secret@h/0", "redis://:secret@h/0")
+    text = f'[settings]\nbroker_url = "env:BROKER"\nledger_url = "file:{tmp_path}/url"\n'
+    found = load(tmp_path, text)
+    assert (found.broker_url, found.ledger_url) == ("amqp://user:secret@h//", "redis://:secret@h/0")
+
+
+def test_a_url_that_is_not_where_it_should_be_is_told_without_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "odd").write_text("http://secret@h/0\n")
+    with pytest.raises(SettingsError, match=r"broker_url: secret file:/nowhere/x: No such file"):
+        load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": "file:/nowhere/x"})
+    with pytest.raises(SettingsError, match=r"broker_url: what file:.*empty holds is empty"):
+        load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": f"file:{tmp_path}/empty"})
+    with pytest.raises(SettingsError, match="ledger_url must be a redis") as caught:
+        load(tmp_path, environ={"ORCHESTRATOR_LEDGER_URL": f"file:{tmp_path}/odd"})
+    assert "secret@" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
