@@ -11,9 +11,10 @@ from .pool import Figures
 COLOURS = {"Orchestrator": "#1f6feb", "Celery --autoscale": "#d9730d", "KEDA": "#2da44e"}
 WIDTH, LEFT, RIGHT = 760, 52, 12
 #: Top and height of the panels: processes, and waits.
-SIZES, WAITS = (34, 130), (196, 90)
+SIZES, WAITS = (40, 124), (196, 90)
 BINS = 240
 WAIT_DECADES = (-1, 3)
+TICKS = (60, 120, 300, 600, 1800, 3600, 7200, 10800)
 
 
 def plot(pattern: Pattern, figures: Mapping[str, Figures], maximum: int, within_s: float) -> str:
@@ -27,15 +28,17 @@ def plot(pattern: Pattern, figures: Mapping[str, Figures], maximum: int, within_
         f'<rect width="{WIDTH}" height="320" fill="#fff"/>',
         f'<text x="{LEFT}" y="16" font-size="13">{pattern.title}</text>',
     ]
-    for at, (name, colour) in enumerate(COLOURS.items()):
-        lines.append(f'<text x="{WIDTH - 330 + at * 110}" y="30" fill="{colour}">{name}</text>')
+    for x, (name, colour) in zip((500, 592, 716), COLOURS.items(), strict=True):
+        lines.append(f'<text x="{x}" y="16" fill="{colour}">{name}</text>')
     lines += [_level(f"{level}", _y(level / top, SIZES)) for level in (0, top // 2, top)]
     lines += [_text("processes", SIZES), _text("longest wait", WAITS)]
     for decade in range(WAIT_DECADES[0], WAIT_DECADES[1] + 1):
         lines.append(_level(f"{10.0**decade:g} s", _wait_y(10.0**decade)))
-    for at in range(7):
-        moment_s, x = end_s * at / 6, LEFT + (WIDTH - LEFT - RIGHT) * at / 6
-        lines.append(f'<text x="{x:.0f}" y="302" text-anchor="middle">{_moment(moment_s, end_s)}</text>')
+    step_s = next(step for step in TICKS if end_s / step < 10)
+    for at in range(int(end_s / step_s) + 1):
+        x = LEFT + (WIDTH - LEFT - RIGHT) * at * step_s / end_s
+        anchor = "end" if x > WIDTH - 2 * RIGHT else "middle"
+        lines.append(f'<text x="{x:.0f}" y="302" text-anchor="{anchor}">{_moment(at * step_s, end_s)}</text>')
     load = _averages(_load(pattern), width)
     area = "".join(f"L{_x(index)} {_y(min(1, each / top), SIZES):.0f}h{_step()}" for index, each in enumerate(load))
     base = _y(0, SIZES)
@@ -116,6 +119,6 @@ def _wait_y(wait_s: float) -> float:
 
 
 def _moment(moment_s: float, end_s: float) -> str:
-    if end_s > 7200:
-        return f"{moment_s / 3600:.3g} h"
-    return f"{moment_s / 60:.3g} min" if moment_s else "0"
+    if not moment_s:
+        return "0"
+    return f"{moment_s / 3600:.3g} h" if end_s > 7200 else f"{moment_s / 60:.3g} min"

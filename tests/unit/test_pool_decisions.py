@@ -331,7 +331,7 @@ def test_what_was_decided_is_not_moved_before_it_is_reported() -> None:
     assert share(2, worker("a"), worker("b"), before={"b": 2}) == {"a": STANDBY, "b": 2}
 
 
-def test_reports_that_are_late_move_nothing_to_and_fro() -> None:
+def test_reports_that_are_late_move_nothing_back_and_forth() -> None:
     """Each reports what it had before it was told its target; followed, they would change places each second."""
     late = [worker("a", ceiling=8, size=8), worker("b", ceiling=8, size=3)]
     assert share(11, *late, before={"a": 5, "b": 6}) == {"a": 5, "b": 6}

@@ -33,7 +33,7 @@ def wanted_sizes(figures: Figures) -> list[int]:
     return [size for _, size in figures.sizes]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 200), st.floats(0.001, 100)), min_size=1, max_size=60),
     st.integers(0, 3),
