@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest
 
-.PHONY: help demo test acceptance lint format check bench chaos clean
+.PHONY: help demo test acceptance lint format check bench simulation chaos clean
 
 help: ## Show what there is
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ check: lint test ## Lint and test
 bench: $(BIN)/.installed ## Compare with plain Celery on the same server, and measure the triggers
 	$(BIN)/python tests/benchmarks/bench.py $(BENCH_OPTIONS)
 	$(BIN)/python -m tests.benchmarks.triggers
+
+simulation: $(BIN)/.installed ## Compare how pools are sized with other rules, and draw docs/scaling.md anew
+	$(BIN)/python -m tests.simulation --write docs/scaling.md
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

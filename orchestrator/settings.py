@@ -57,6 +57,11 @@ class Settings:
     #: Address and port of its health and metrics.
     health_host: str = "127.0.0.1"
     health_port: int = 0
+    #: Address and port of the monitor (Flower).
+    monitor_host: str = "127.0.0.1"
+    monitor_port: int = 5555
+    #: What it asks for: `env:NAME` or `file:PATH` of `user:password`; empty: nothing, and only on this machine.
+    monitor_auth: str = ""
     #: Address and port of the embedded server.
     server_host: str = "127.0.0.1"
     server_port: int = 0
@@ -140,12 +145,14 @@ class Settings:
             problems.append("broker_url is set but ledger_url is not; set it to the redis:// URL of the ledger")
         if not values.get("blobs_url", "file://").startswith("file://"):
             problems.append("blobs_url must be a file:// URL")
-        for name in ("port", "health_port", "server_port"):
+        for name in ("port", "health_port", "monitor_port", "server_port"):
             if not 0 <= values.get(name, 0) <= 65535:
                 problems.append(f"{name} must be at most 65535, not {values[name]}")
-        for name in ("host", "health_host", "server_host"):
+        for name in ("host", "health_host", "monitor_host", "server_host"):
             if not values.get(name, "x").strip():
                 problems.append(f"{name} must not be empty; 127.0.0.1 is this machine alone")
+        if values.get("monitor_auth") and not values["monitor_auth"].startswith(("env:", "file:")):
+            problems.append("monitor_auth must be env:NAME or file:PATH of `user:password`, never the password itself")
         if not _DSN.match(values.get("sentry_dsn", "")):
             problems.append("sentry_dsn must be env:NAME, file:PATH or a DSN as https://KEY@HOST/PROJECT")
         problems += [problem for name in ("broker_url", "ledger_url") for problem in _url_problems(name, values)]
@@ -166,6 +173,16 @@ class Settings:
         if not _DSN.match(dsn) or dsn.startswith(("env:", "file:")):
             raise SettingsError(f"sentry_dsn: what {self.sentry_dsn} holds is no DSN as https://KEY@HOST/PROJECT")
         return dsn
+
+    def read_monitor_auth(self) -> str:
+        """Return the `user:password` that `monitor_auth` refers to; empty if it is not set. Raises SettingsError."""
+        if not self.monitor_auth:
+            return ""
+        text = read_secret(self.monitor_auth).strip()
+        user, _, password = text.partition(":")
+        if not user or not password or not text.isascii():
+            raise SettingsError(f"monitor_auth: what {self.monitor_auth} holds is not `user:password`")
+        return text
 
     @property
     def is_embedded(self) -> bool:

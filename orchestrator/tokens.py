@@ -11,6 +11,7 @@ import hmac
 import json
 import re
 import secrets
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
@@ -23,6 +24,8 @@ from orchestrator.settings import Settings
 
 PREFIX = "orc"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,50}\Z")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::\d{1,5})?\Z", re.ASCII)
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _SECRET_BYTES = 32
 _LONGEST = 200
 
@@ -125,6 +128,21 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def stranger_of(hosts: Sequence[str], origins: Sequence[str], fetch_site: str, names: Container[str]) -> str:
+    """Return by what a request to this machine alone shows that it is no such thing; empty if by nothing.
+
+    `host`: it names another host (DNS rebinding); `proxy`: somebody forwards it; `site`: a page of another site asks.
+    Given are its headers Host, Origin and Sec-Fetch-Site (`none` if it has none), and the names of all, in lower case.
+    """
+    named = _HOST.match(hosts[0]) if len(hosts) == 1 else None
+    if named is None or not is_loopback(named[1]):
+        return "host"
+    if any(name in names for name in _FORWARDED):
+        return "proxy"
+    is_cross = any(origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}") for origin in origins)
+    return "site" if is_cross or fetch_site not in ("none", "same-origin") else ""
 
 
 def check_exposure(settings: Settings, tokens: Tokens) -> None:

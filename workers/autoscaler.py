@@ -26,6 +26,8 @@ from workers.launchers import FaultNotes, Launcher
 log = get_logger(__name__)
 
 PERIOD_S = 1.0
+#: Who rings has published the first of what may be many: one looks again after so long.
+_AGAIN_S = 0.25
 #: Between two turns there is this pause at least, however often somebody rings.
 _LEAST_PAUSE_S = 0.1
 #: A worker that was silent for so long is forgotten.
@@ -81,6 +83,7 @@ class Autoscaler(LeadingService):
         #: When all was seen the last time, and until when pools do not shrink.
         self._seen_at = 0.0
         self._settled_at = 0.0
+        self._was_rung_for = False
         #: Since when a pool has messages and no worker.
         self._deserted: dict[str, float] = {}
 
@@ -94,22 +97,28 @@ class Autoscaler(LeadingService):
         self._broker.close()
 
     def turn(self) -> float:
+        began = time.monotonic()
+        if not self.round():
+            return PERIOD_S
+        rung = self._engine.pools.wait(_AGAIN_S if self._was_rung_for else PERIOD_S)
+        self._was_rung_for = bool(rung)
+        if rung - self._used:  # one that is in use of late
+            self._pools_at = 0.0
+        return max(0.0, began + _LEAST_PAUSE_S - time.monotonic())
+
+    def round(self) -> bool:
+        """Look once at every pool and size it, if we lead; tells whether we do."""
         self._launcher.renew(self._generation)
         launched = self._launcher.look()
         leads, now_ms = self.lead()
-        if not leads:
-            if self._memories is not None:  # whoever leads now has workers started elsewhere
-                self._memories = None
-                for pool in self._states:
-                    self._launcher.scale(pool, 0)
-            return PERIOD_S
-        began = time.monotonic()
-        self._faults.note(launched)
-        self._size(now_ms, began)
-        rung = self._engine.pools.wait(PERIOD_S)
-        if rung - self._used:
-            self._pools_at = 0.0
-        return max(0.0, began + _LEAST_PAUSE_S - time.monotonic())
+        if leads:
+            self._faults.note(launched)
+            self._size(now_ms, time.monotonic())
+        elif self._memories is not None:  # whoever leads now has workers started elsewhere
+            self._memories = None
+            for pool in self._states:
+                self._launcher.scale(pool, 0)
+        return leads
 
     def _size(self, now_ms: int, now: float) -> None:
         if self._memories is None:
@@ -124,7 +133,7 @@ class Autoscaler(LeadingService):
         sights = {
             pool: _Sight(
                 pool=pool,
-                settings=self._engine.settings.pool(pool),
+                settings=self._settings_of(pool, workers),
                 workers=[one for one in workers if one.pool == pool],
                 waiting=waiting.get(pool),
                 pinned=pins.get(pool),
@@ -153,12 +162,23 @@ class Autoscaler(LeadingService):
         self._states, self._targets = states, dict(allocation.targets)
         for pool, state in states.items():
             # A worker without processes costs little, and starts one at once.
-            count = max(1, state.desired_workers) if state.is_used else 0
-            self._launcher.scale(pool, count, state.leave)
+            self._launcher.scale(pool, max(int(state.is_used), state.desired_workers), state.leave)
+
+    def _settings_of(self, pool: str, workers: Iterable[WorkerReport]) -> PoolSettings:
+        """Return the settings of a pool, within whose bounds it is.
+
+        Where somebody else starts workers, one whose size nobody has declared is as large as they let it be: who adds a
+        worker wants it to work, and the cores of this machine say nothing of theirs.
+        """
+        settings = self._engine.settings.pool(pool)
+        if self._launcher.starts_workers or pool in self._engine.settings.pools:
+            return settings
+        there = sum(one.ceiling for one in workers if one.pool == pool and not one.is_draining)
+        return replace(settings, maximum=max(settings.maximum, there))
 
     def _take_over(self) -> None:
         """Go on from what a predecessor knew, if there was one."""
-        self._states = self._engine.pools.states()
+        self._states, self._targets = self._engine.pools.states(), self._engine.pools.targets()
         memories = {}
         for pool, body in self._engine.pools.memories().items():
             try:
@@ -268,7 +288,7 @@ class Autoscaler(LeadingService):
             desired=decision.desired,
             desired_workers=rule.workers_wanted(sight.settings, decision.desired, sight.workers),
             leave=rule.first_to_leave(sight.workers, allocation.targets),
-            is_used=sight.pool in self._used or sight.settings.minimum > 0,
+            is_used=sight.pool in self._used,
             why=decision.why,
             decided_ms=before.decided_ms if is_same and before is not None else sight.now_ms,
             pinned=sight.pinned,

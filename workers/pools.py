@@ -24,18 +24,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, sqrt
+from heapq import heappop, heappush
+from math import ceil, inf, log, sqrt
 from typing import Any
 
 from orchestrator.pools import MESSAGE_BOUNDS, STANDBY, PoolSettings, WorkerReport
 
 #: Rates are those of about this last time: long enough for a burst not to look like a rate.
 RATE_WINDOW_S = 30.0
+#: What came in about this time still comes.
+LATELY_S = 3.0
 #: After so many seconds in which messages ended, those from before count half in what is known of their durations.
 DURATION_HALF_LIFE_S = 120.0
-#: Of `start_within`, this much is reckoned with at least, however long the oldest message has waited: counts are late
-#: by a second or two, and what is nearly done should not look as if it took a hundred processes.
+#: Counts are late by up to a second, what was decided reaches workers up to a second later, and a worker takes longer
+#: to start than a process: so much of `start_within` is gone before a process works on what waits.
+REACTION_S = 2.0
+#: Of `start_within`, this much is reckoned with at least, however long the oldest message has waited: what is nearly
+#: done should not look as if it took a hundred processes.
 LEAST_LEFT = 0.25
+_LEAST_S = 0.05
 #: A worker that has been silent for this long does not come back.
 FORGET_WORKER_S = 120.0
 
@@ -105,6 +112,7 @@ class Memory:
     durations: tuple[float, ...] = (0.0,) * len(_DURATIONS)
     #: Messages that came and that ended, and the seconds in which they did; the older, the less they count.
     arrived: float = 0.0
+    arrived_lately: float = 0.0
     ended: float = 0.0
     observed_s: float = 0.0
     #: (when, how many were needed), of the last `idle_after`; each is more than those that follow, so the first is
@@ -186,12 +194,9 @@ def _remember(seen: Observation, memory: Memory) -> tuple[Memory, bool]:
     is_first = memory.at_s is None
     elapsed_s = 0.0 if memory.at_s is None else max(0.0, seen.now_s - memory.at_s)
     durations = [0.0] * len(_DURATIONS)
-    known = {}
-    for worker, (at_s, counts) in memory.served.items():
-        if seen.now_s - at_s < FORGET_WORKER_S:
-            known[worker] = (at_s, counts)
+    known = {worker: row for worker, row in memory.served.items() if seen.now_s - row[0] < FORGET_WORKER_S}
     for worker, now in seen.served.items():
-        before = known.get(worker, (0.0, ()))[1]
+        before = memory.served.get(worker, (0.0, ()))[1]
         for index, count in enumerate(now[: len(durations)]):
             durations[index] += max(0, count - (before[index] if index < len(before) else 0))
         known[worker] = (seen.now_s, tuple(now))
@@ -212,6 +217,7 @@ def _remember(seen: Observation, memory: Memory) -> tuple[Memory, bool]:
             durations=tuple(old * half + new for old, new in zip(memory.durations, durations, strict=True)),
             # What leaves the queue is in work a report later, so one moment may look as if less than nothing had come.
             arrived=max(0.0, memory.arrived * fading + arrived),
+            arrived_lately=max(0.0, memory.arrived_lately * 0.5 ** (elapsed_s / LATELY_S) + arrived),
             ended=memory.ended * fading + ended,
             observed_s=memory.observed_s * fading + elapsed_s,
             needs=memory.needs,
@@ -234,7 +240,7 @@ def _need(pool: PoolSettings, seen: Observation, memory: Memory, *, is_active: b
         return work, f"{_waiting(backlog, busy)}, and it is not known yet how long they take: one process for each"
     if backlog and age_s > pool.start_within_s:
         return work, f"{_waiting(backlog, busy)}, the oldest for {_duration(age_s)}: one process for each"
-    left_s = max(LEAST_LEFT * pool.start_within_s, pool.start_within_s - age_s)
+    left_s = max(LEAST_LEFT * pool.start_within_s, pool.start_within_s - age_s - REACTION_S, _LEAST_S)
     each_s = _held_s(memory.durations, left_s)
     long = sum(_goes_on(memory.durations, age, left_s) for age in seen.in_work)
     to_clear = long + ceil((work - long) * each_s / left_s)
@@ -243,16 +249,18 @@ def _need(pool: PoolSettings, seen: Observation, memory: Memory, *, is_active: b
     # varies by that much.
     to_keep_up = long + ceil(load + sqrt(load))
     need = min(max(to_clear, to_keep_up, busy), work)
-    if need == busy or not backlog:
-        return need, f"{busy} at work" + (f", {backlog} wait" if backlog else "")
+    if not backlog:
+        return need, f"{busy} at work"
     if need == work:
         return need, f"{_waiting(backlog, busy)}: one process for each"
     each = f"about {_duration(each_s)} each"
+    if need == busy:
+        return need, f"{_waiting(backlog, 0)}, {each}: the {busy} at work start them within {start_within}"
     held = f", {long} held by long ones" if long else ""
     if to_keep_up > to_clear:
         rate = _rate(memory.arrived, memory) or 0.0
-        return need, f"{rate:.3g} come each second, {each}: {_processes(need)} keep up{held}"
-    return need, f"{_waiting(backlog, 0)}, {each}: {_processes(need)} start them within {start_within}{held}"
+        return need, f"{rate:.3g} come each second, {each}: {_count(need, 'process')} keep up{held}"
+    return need, f"{_waiting(backlog, 0)}, {each}: {_count(need, 'process')} start them within {start_within}{held}"
 
 
 def _oldest_age_s(seen: Observation, memory: Memory) -> float:
@@ -293,13 +301,15 @@ def _goes_on(durations: Sequence[float], age_s: float, within_s: float) -> bool:
 
 
 def _median(durations: Sequence[float]) -> float | None:
-    total, below = sum(durations), 0.0
-    if not total:
+    half, below = sum(durations) / 2, 0.0
+    if not half:
         return None
-    for count, took_s in zip(durations, _DURATIONS, strict=True):
+    for index, count in enumerate(durations[:-1]):
+        if below + count >= half:
+            # Bounds double from one bucket to the next; the messages in it are taken to be spread evenly.
+            bound: float = MESSAGE_BOUNDS[index]
+            return bound / 2 * (1 + (half - below) / count)
         below += count
-        if below * 2 >= total:
-            return took_s
     return _DURATIONS[-1]
 
 
@@ -313,12 +323,14 @@ def _clears_in_s(size: int, seen: Observation, memory: Memory) -> float | None:
         return 0.0
     if not any(memory.durations) or size <= 0:
         return None
+    # A burst is not to look as if it went on, nor a pause as if nothing came any more.
+    comes = min(memory.arrived / max(memory.observed_s, RATE_WINDOW_S), memory.arrived_lately * log(2) / LATELY_S)
     # A message holds a process for no longer than it takes to clear all: so the time is what it follows from.
-    clears_s = float("inf")
+    clears_s = inf
     for _ in range(8):
         each_s = _held_s(memory.durations, clears_s)
         free = size - sum(_goes_on(memory.durations, age, clears_s) for age in seen.in_work)
-        gain = max(0, free) / each_s - memory.arrived / max(memory.observed_s, RATE_WINDOW_S)
+        gain = max(0, free) / each_s - comes
         if gain <= 0:
             return None
         clears_s = seen.backlog / gain
@@ -330,8 +342,10 @@ def _waiting(backlog: int, busy: int) -> str:
     return f"{waits}, {busy} at work" if busy else waits
 
 
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
+def _count(number: float, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:g} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def _duration(seconds: float) -> str:
@@ -353,31 +367,44 @@ class Allocation:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Host:
-    """What a machine has, as its workers say, less what was given."""
+class _Room:
+    """What a machine has for the processes of all pools, as its workers say, and how much of that is given away."""
 
-    name: str
-    memory: float
-    cores: float
-    gpus: float
-    memory_left: float
-    cores_left: float
-    gpus_left: float
+    host: str
+    memory: float = inf
+    cores: float = inf
+    gpus: float = inf
+    memory_given: float = 0.0
+    cores_given: float = 0.0
+    gpus_given: int = 0
 
-    def lacks(self, pool: PoolSettings) -> str:
-        """Return what there is too little of for one more process; empty: it has room."""
-        if (pool.memory or 0) > self.memory_left:
-            return f"{_bytes(pool.memory or 0)}, and {self.name} has {_bytes(self.memory)} for all pools"
-        if (pool.cpu or 0) > self.cores_left:
-            return f"{pool.cpu:g} cores, and {self.name} has {self.cores:g} for all pools"
-        if pool.gpu > self.gpus_left:
-            return f"{pool.gpu} GPUs, and {self.name} has {self.gpus:g} for all pools"
+    def see(self, worker: WorkerReport) -> None:
+        """Take up what a worker says of it; of containers on one machine, some may see less of it than others."""
+        self.memory = _most(self.memory, worker.memory)
+        self.cores = _most(self.cores, worker.cores)
+        self.gpus = worker.gpus if self.gpus == inf else max(self.gpus, worker.gpus)
+
+    def give(self, pool: PoolSettings, processes: int = 1) -> None:
+        """Give processes of a pool, or take them back, whether or not there is room."""
+        self.memory_given += (pool.memory or 0) * processes
+        self.cores_given += (pool.cpu or 0) * processes
+        self.gpus_given += pool.gpu * processes
+
+    def lacks(self, pool: PoolSettings, processes: int = 1) -> str:
+        """Say what there is too little of for more processes of a pool, or with 0 for those given; empty: nothing."""
+        if pool.memory and self.memory_given + pool.memory * processes > self.memory:
+            return f"{_bytes(pool.memory)}, and {self.host} has {_bytes(self.memory)} for all pools"
+        if pool.cpu and self.cores_given + pool.cpu * processes > self.cores + 1e-6:
+            return f"{_count(pool.cpu, 'core')}, and {self.host} has {self.cores:g} for all pools"
+        if pool.gpu and self.gpus_given + pool.gpu * processes > self.gpus:
+            return f"{_count(pool.gpu, 'GPU')}, and {self.host} has {self.gpus:g} for all pools"
         return ""
 
-    def take(self, pool: PoolSettings) -> None:
-        self.memory_left -= pool.memory or 0
-        self.cores_left -= pool.cpu or 0
-        self.gpus_left -= pool.gpu
+
+def _most(known: float, told: float) -> float:
+    if not told:  # it does not know
+        return known
+    return told if known == inf else max(known, told)
 
 
 def allocate(
@@ -386,111 +413,105 @@ def allocate(
     workers: Sequence[WorkerReport],
     *,
     before: Mapping[str, int] | None = None,
-    pinned: Mapping[str, int] | None = None,
+    pinned: Iterable[str] = (),
 ) -> Allocation:
     """Give the processes that pools are to have to the workers that live (`workers` are those of all pools).
 
-    Who is at work keeps its processes first, then who has some (or was to have, by `before`, the targets of the last
-    time); new ones go to whoever has the fewest. Where a host has too little memory, cores or GPUs for all, pools get
-    equal parts of what they are to have. Processes that are on their way out hold what they have.
+    Who is at work keeps its processes first, then who was to have some (by `before`, the targets of the last time),
+    then who has some; new ones go to whoever has the fewest. Where a host has too little memory, cores or GPUs for
+    all, pools get equal shares of what they are to have. Processes that are on their way out hold what they have until
+    they are gone. `pools` has the pools of all workers.
 
-    A worker with target 0 wakes when a message comes; there are no more of these than the pool may grow by, and
-    the others are told to stand by. No worker of a pool whose size was set by hand wakes by itself.
+    A worker with target 0 starts a process by itself when a message comes. That is for pools that have none: there,
+    up to `max` workers may; where there is one already, or the size was set by hand (`pinned`), the others stand by,
+    for one that wakes while others have nothing to do would be one too many.
     """
-    before, pinned = before or {}, pinned or {}
-    hosts = _hosts(workers, pools)
-    staying = sorted((worker for worker in workers if not worker.is_draining), key=lambda worker: worker.worker)
+    before, pinned = before or {}, frozenset(pinned)
+    rooms: dict[str, _Room] = {}
     for worker in workers:
+        room = rooms.setdefault(worker.host, _Room(host=worker.host))
+        room.see(worker)
         if worker.is_draining:
-            for _ in range(worker.size):
-                hosts[worker.host].take(pools[worker.pool])
-    given = {worker.worker: 0 for worker in staying}
+            room.give(pools[worker.pool], worker.size)
+    staying = {worker.worker: worker for worker in workers if not worker.is_draining}
+    given = dict.fromkeys(sorted(staying), 0)
     sizes = dict.fromkeys(desired, 0)
+    # The workers of each pool, the best place for one more process first.
+    places: dict[str, list[tuple[tuple[int, int, str], str]]] = {pool: [] for pool in desired}
+    for name in given:
+        one = staying[name]
+        if one.pool in places and one.ceiling > 0:
+            heappush(places[one.pool], (_rank(one, 0, before.get(name)), name))
     held_back: dict[str, str] = {}
-    full: set[str] = set()
-    while waiting := [pool for pool in desired if pool not in full and sizes[pool] < desired[pool]]:
-        # The pool that has the least part of what it is to have is next, so that none takes a host for itself.
-        pool = min(waiting, key=lambda name: (sizes[name] / desired[name], name))
-        able = [one for one in staying if one.pool == pool and given[one.worker] < one.ceiling]
-        roomy = [one for one in able if not hosts[one.host].lacks(pools[pool])]
-        if not roomy:
-            full.add(pool)
-            lacks = sorted({hosts[one.host].lacks(pools[pool]) for one in staying if one.pool == pool} - {""})
-            if lacks:
-                missing = desired[pool] - sizes[pool]
-                held_back[pool] = f"no room for {missing} more, each with {'; '.join(lacks)}"
+    while waiting := [pool for pool in desired if sizes[pool] < desired[pool] and places[pool]]:
+        # The pool that has the smallest share of what it is to have is next, so that none takes a host for itself.
+        pool = min(waiting, key=lambda pool: (sizes[pool] / desired[pool], pool))
+        _, name = heappop(places[pool])
+        one = staying[name]
+        lacks = rooms[one.host].lacks(pools[pool])
+        if lacks:
+            held_back.setdefault(pool, lacks)
             continue
-        chosen = min(roomy, key=lambda one: _rank(one, given[one.worker], before.get(one.worker, 0)))
-        hosts[chosen.host].take(pools[pool])
-        given[chosen.worker] += 1
+        rooms[one.host].give(pools[pool])
+        given[name] += 1
         sizes[pool] += 1
-    _wait_for_leavers(staying, pools, given, hosts)
+        if given[name] < one.ceiling:
+            heappush(places[pool], (_rank(one, given[name], before.get(name)), name))
+    for pool, lacks in list(held_back.items()):
+        if sizes[pool] < desired[pool]:
+            held_back[pool] = f"no room for {_count(desired[pool] - sizes[pool], 'more process')}, each with {lacks}"
+        else:
+            del held_back[pool]
+    _wait_for_leavers(staying, pools, given, rooms, held_back)
     targets = dict(given)
     for pool in desired:
-        spare = max(pools[pool].maximum, desired[pool]) - sizes[pool] if pool not in pinned else 0
-        idle = [one for one in staying if one.pool == pool and given[one.worker] == 0]
-        for one in sorted(idle, key=lambda one: (bool(one.fault), before.get(one.worker, 0) < 0, one.worker)):
-            if spare > 0 and one.ceiling > 0 and not hosts[one.host].lacks(pools[pool]):
-                hosts[one.host].take(pools[pool])
-                spare -= 1
+        wakers = 0 if pool in pinned or sizes[pool] else pools[pool].maximum
+        idle = [one for one in staying.values() if one.pool == pool and not given[one.worker]]
+        for one in sorted(idle, key=lambda one: (bool(one.fault), before.get(one.worker) == STANDBY, one.worker)):
+            if wakers > 0 and one.ceiling > 0 and not rooms[one.host].lacks(pools[pool]):
+                rooms[one.host].give(pools[pool])
+                wakers -= 1
             else:
                 targets[one.worker] = STANDBY
     return Allocation(targets=targets, held_back=held_back)
 
 
-def _rank(worker: WorkerReport, given: int, before: int) -> tuple[int, int, str]:
-    """Tell how well one more process is placed with a worker that was given so many; the least is the best."""
+def _rank(worker: WorkerReport, given: int, before: int | None) -> tuple[int, int, str]:
+    """Tell how well one more process is placed with a worker that was given so many; the least is the best.
+
+    What it was to have goes before what it says that it has: that is older, and to follow it would move processes back
+    and forth for as long as reports are late.
+    """
+    to_have = worker.size if before is None else max(0, before)
     if given < len(worker.in_work):
         return 0, 0, worker.worker
-    if given < worker.size:
+    if given < to_have and (given < worker.size or not worker.fault):
         # The largest keeps its own, so that small ones become empty.
-        return 1, -worker.size, worker.worker
-    if given < before and not worker.fault:
+        return 1, -to_have, worker.worker
+    if given < worker.size:
         return 2, 0, worker.worker
     return (4 if worker.fault else 3), given, worker.worker
 
 
 def _wait_for_leavers(
-    staying: Sequence[WorkerReport],
+    staying: Mapping[str, WorkerReport],
     pools: Mapping[str, PoolSettings],
     given: dict[str, int],
-    hosts: Mapping[str, _Host],
+    rooms: Mapping[str, _Room],
+    held_back: dict[str, str],
 ) -> None:
     """Let no worker grow into what processes hold that have yet to leave."""
-    for worker in staying:
-        for _ in range(worker.size - given[worker.worker]):
-            hosts[worker.host].take(pools[worker.pool])
-    for worker in sorted(staying, key=lambda one: (one.size - given[one.worker], one.worker)):
-        host, pool = hosts[worker.host], pools[worker.pool]
-        while given[worker.worker] > worker.size and (
-            (host.memory_left < 0 and pool.memory)
-            or (host.cores_left < 0 and pool.cpu)
-            or (host.gpus_left < 0 and pool.gpu)
-        ):
-            given[worker.worker] -= 1
-            host.memory_left += pool.memory or 0
-            host.cores_left += pool.cpu or 0
-            host.gpus_left += pool.gpu
-
-
-def _hosts(workers: Iterable[WorkerReport], pools: Mapping[str, PoolSettings]) -> dict[str, _Host]:
-    hosts: dict[str, _Host] = {}
-    for one in workers:
-        # Workers in containers on one machine may see less of it than others do.
-        was = hosts.get(one.host)
-        memory = max(one.memory, was.memory if was else 0)
-        cores = max(one.cores, was.cores if was else 0)
-        gpus = max(one.gpus, was.gpus if was else 0)
-        hosts[one.host] = _Host(
-            name=one.host,
-            memory=memory,
-            cores=cores,
-            gpus=gpus,
-            memory_left=memory,
-            cores_left=cores,
-            gpus_left=gpus,
-        )
-    return hosts
+    for name, count in given.items():
+        one = staying[name]
+        if one.size > count:
+            rooms[one.host].give(pools[one.pool], one.size - count)
+    for name in given:
+        one = staying[name]
+        pool, room = pools[one.pool], rooms[one.host]
+        while given[name] > one.size and room.lacks(pool, 0):
+            given[name] -= 1
+            room.give(pool, -1)
+            held_back.setdefault(one.pool, f"waits for processes on {one.host} to end that are on their way out")
 
 
 def workers_wanted(pool: PoolSettings, desired: int, workers: Iterable[WorkerReport]) -> int:

@@ -46,7 +46,7 @@ class Reporting:
             return
         self._report_at = now + REPORT_S
         self._sizing.has_news = False
-        self._sizing.target, _ = self._engine.pools.report(self._report())
+        self._sizing.target, self._slots.is_monitored = self._engine.pools.report(self._report())
 
     def end(self) -> None:
         """Take the worker off the list; it ends."""

@@ -18,7 +18,6 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +30,7 @@ from celery.worker.state import SOFTWARE_INFO
 from kombu import Producer
 
 from orchestrator.celery_app import broker_errors
-from orchestrator.errors import UnavailableError
 from orchestrator.ledger import Taken
-from orchestrator.ledger.pools import PoolRecords
 from orchestrator.runs import StepError, task_id
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage, get_logger
@@ -45,8 +42,8 @@ log = get_logger(__name__)
 GATHER_S = 0.3
 #: How often a worker says that it is alive; tools take it for gone after twice this.
 HEARTBEAT_S = 5.0
-#: How often the ledger is asked whether somebody watches.
-_ASK_S = 1.0
+#: How often to look whether somebody watches.
+_LOOK_S = 0.5
 #: Room for events that wait to be gathered, and how many go into one message.
 _PIPE_BYTES = 1024 * 1024
 _MOST_EVENTS = 4000
@@ -179,7 +176,7 @@ class StepEvents:
     @staticmethod
     def _beginning(told: Told, pid: int) -> list[dict[str, Any]]:
         told.is_begun, since = True, round(told.since, 4)
-        received: dict[str, Any] = {"type": "task-received", "uuid": told.id, "timestamp": told.since, "pid": pid}
+        received: dict[str, Any] = {"type": "task-received", "uuid": told.id, "timestamp": since, "pid": pid}
         received |= {"name": told.name, "args": told.run, "kwargs": told.kwargs}
         if told.attempt > 1:
             received["retries"] = told.attempt - 1
@@ -195,36 +192,31 @@ class StepEvents:
 class Monitoring:
     """The thread of a parent that publishes events while somebody watches.
 
-    `publishing` is held while it uses the broker. `heart` answers what a heartbeat says besides that the worker lives.
+    `publishing` is held while it uses the broker.
     """
 
     def __init__(
         self,
         app: Celery,
-        pools: PoolRecords,
         slots: Slots,
         pipe: Pipe,
         hostname: str,
         *,
         publishing: AbstractContextManager[Any],
-        heart: Callable[[], dict[str, Any]],
     ) -> None:
         self._app = app
-        self._pools = pools
         self._slots = slots
         self._pipe = pipe
         self._hostname = hostname
         self._publishing = publishing
-        self._heart = heart
         self._service = Service("monitoring", self._loop)
         self._outage = Outage(log, "monitoring")
         self._connection: Any = None
         self._producer: Any = None
         self._exchange: Any = None
-        self._asked_at = float("-inf")
         self._beat_at = 0.0
+        self._is_online = False
         self._paused_until = 0.0
-        self._asked_for_until = 0.0
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -233,11 +225,6 @@ class Monitoring:
     def stop(self) -> None:
         """End; returns when the last events are published."""
         self._service.stop()
-
-    def ask_for(self, seconds: float) -> None:
-        """Tell of steps for so long, whatever the ledger says: somebody has asked for it on the broker."""
-        self._asked_for_until = time.monotonic() + seconds
-        self._slots.is_monitored = True
 
     def beat(self) -> None:
         """Say soon that the worker lives."""
@@ -256,31 +243,19 @@ class Monitoring:
         self._disconnect()
 
     def _turn(self, stopping: threading.Event) -> None:
-        was_monitored = self._slots.is_monitored
-        self._look()
         if not self._slots.is_monitored:
-            if was_monitored:
-                self._disconnect()
-            stopping.wait(_ASK_S)
+            self._is_online = False
+            self._disconnect()
             self._pipe.read()
+            stopping.wait(_LOOK_S)
             return
-        if time.monotonic() >= self._beat_at:
+        if time.monotonic() >= self._beat_at or not self._is_online:
             self._beat_at = time.monotonic() + HEARTBEAT_S
-            self._send_worker_event("worker-heartbeat" if was_monitored else "worker-online")
-        if self._pipe.wait(_ASK_S):
+            self._send_worker_event("worker-heartbeat" if self._is_online else "worker-online")
+            self._is_online = True
+        if self._pipe.wait(_LOOK_S):
             stopping.wait(GATHER_S)
             self._publish(self._pipe.read())
-
-    def _look(self) -> None:
-        now = time.monotonic()
-        if now - self._asked_at < _ASK_S:
-            return
-        self._asked_at = now
-        try:
-            is_monitored = self._pools.is_monitored()
-        except UnavailableError:
-            return
-        self._slots.is_monitored = is_monitored or now < self._asked_for_until
 
     def _publish(self, lines: list[str]) -> None:
         tail = f',"hostname":{json.dumps(self._hostname)},"utcoffset":{utcoffset():g},"clock":'
@@ -292,7 +267,8 @@ class Monitoring:
     def _send_worker_event(self, kind: str) -> None:
         event = {"type": kind, "hostname": self._hostname, "pid": os.getpid(), "timestamp": time.time()}
         event |= {"utcoffset": utcoffset(), "clock": self._app.clock.forward(), "freq": HEARTBEAT_S}
-        event |= {"loadavg": load_average()} | SOFTWARE_INFO | self._heart()
+        active = sum(self._slots.read(slot) is not None for slot in range(self._slots.count))
+        event |= {"active": active, "loadavg": load_average()} | SOFTWARE_INFO
         self._send(json.dumps(event), kind.replace("-", "."))
 
     def _send(self, body: str, routing_key: str) -> None:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -22,9 +22,11 @@ from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, UnavailableError
 from orchestrator.pools import PoolKind, worker_name
 from orchestrator.project import load_project
+from orchestrator.remote_control import RemoteControl
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
 from workers import capture, children, threads
+from workers.commands import Commands
 from workers.consumer import Consumer
 from workers.machine import Machine, gpus_of
 from workers.reporting import Reporting
@@ -68,9 +70,16 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         sizing = Sizing(wanted, ceiling, slots)
         reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
         watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid, events=events)
-        monitoring = Monitoring(
-            app, engine.pools, slots, pipe, identity.worker, publishing=forking, heart=partial(_heart, slots)
+        monitoring = Monitoring(app, slots, pipe, identity.worker, publishing=forking)
+        control = RemoteControl(
+            engine,
+            identity.worker,
+            Commands(engine, slots, monitoring, pool=pool, worker=identity.worker, controller=lambda: worker).by_name(),
+            is_worker=True,
+            is_wanted=lambda: slots.is_monitored,
+            guard=forking,
         )
+        parts = (watch, control, monitoring)
         if wanted.kind is PoolKind.THREADS:
             # Shared by the threads; it waits for servers as that of a child does.
             steps_engine = Engine(settings, app=app)
@@ -79,7 +88,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         else:
             _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus, events=events)
             pool_class = children.pool_of(slots, watch.out_of_memory)
-        app.steps["worker"].add(_watch_step(watch, monitoring, slots))
+        app.steps["worker"].add(_watch_step(parts, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         app.conf.worker_autoscaler = sizing.attach
         worker = app.Worker(
@@ -99,16 +108,12 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             worker.start()
         finally:
             # Not as a step of Celery's: those stop before the pool, whose steps go on and need their leases.
-            watch.stop()
-            monitoring.stop()
+            for part in parts:
+                part.stop()
         return int(worker.exitcode or 0)
 
 
-def _heart(slots: Slots) -> dict[str, Any]:
-    return {"active": sum(slots.read(slot) is not None for slot in range(slots.count))}
-
-
-def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]:
+def _watch_step(parts: Sequence[Watch | Monitoring | RemoteControl], slots: Slots) -> type[Any]:
     class WatchStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
         """Starts the watch once the children are there, and tells them when the worker is to stop."""
 
@@ -116,8 +121,8 @@ def _watch_step(watch: Watch, monitoring: Monitoring, slots: Slots) -> type[Any]
 
         def start(self, parent: Any) -> None:
             signals.worker_shutting_down.connect(self._drain, weak=False)
-            watch.start()
-            monitoring.start()
+            for part in parts:
+                part.start()
 
         @staticmethod
         def _drain(**_: Any) -> None:

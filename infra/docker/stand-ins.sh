@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Make stand-ins for the base images, under the tags that the files name, where no registry can be reached:
-#   infra/docker/stand-ins.sh [--wheels] [--prometheus]
-# From Debian's packages, by debootstrap and apt-get; needs root, DOCKER_HOST of an engine, and takes a minute or two.
+#   infra/docker/stand-ins.sh python valkey prometheus wheels       (or some of them; the others are made of the first)
 #   python      Debian's Python 3.11
 #   valkey      Debian's Redis 7.0, called as Valkey is
-#   prometheus  with --prometheus: Debian's Prometheus 2.42
-# Grafana is in no package of Debian's, so it has none. --wheels fills infra/docker/wheels by this machine's pip, so that
-# the build asks no index either.
+#   prometheus  Debian's Prometheus 2.42
+#   wheels      fills infra/docker/wheels by this machine's pip, so that the build of our image asks no index either
+# Images come from Debian's packages, by debootstrap and apt-get: that needs root, and an engine (DOCKER_HOST); it takes a
+# minute or two. Those that are there stay. Grafana is in no package of Debian's, so it has none.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 tag() { grep -ohE "$1:[A-Za-z0-9._-]+" Dockerfile ../../docker-compose.yml | head -1; }
 
-wheels() {
+make_wheels() {
   local python=${PYTHON:-python3} requirements
   requirements=$("$python" -c '
 import tomllib
@@ -30,21 +30,15 @@ image() { docker build --quiet --tag "$1" "$2"; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-with_wheels='' with_prometheus=''
-for argument; do
-  case $argument in
-    --wheels) with_wheels=1 ;;
-    --prometheus) with_prometheus=1 ;;
-    *) echo "stand-ins.sh: unknown argument $argument; there are --wheels and --prometheus" >&2; exit 2 ;;
-  esac
-done
 python=$(tag python) valkey=$(tag valkey/valkey) prometheus=$(tag prom/prometheus)
 export DOCKER_BUILDKIT=0
 
-if [ -n "$with_wheels" ]; then wheels; fi
+is_there() { docker image inspect "$1" > /dev/null 2>&1; }
 
-if ! docker image inspect "$python" > /dev/null 2>&1; then
-  debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/python" > "$work/log" 2>&1 \
+make_python() {
+  is_there "$python" && return
+  # What is lost in a power failure is made again: no fsync for each file.
+  DPKG_FORCE=unsafe-io debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/python" > "$work/log" 2>&1 \
     || { tail -20 "$work/log" >&2; exit 1; }
   (
     cd "$work/python"
@@ -53,7 +47,7 @@ if ! docker image inspect "$python" > /dev/null 2>&1; then
     ln -s /usr/bin/python3 usr/local/bin/python
   )
   tar -C "$work/python" -c . | docker import --change 'CMD ["python3"]' - "$python"
-fi
+}
 
 # unpack DIRECTORY PACKAGE...
 unpack() {
@@ -63,7 +57,8 @@ unpack() {
   for package in "${@:2}"; do dpkg-deb --extract "$work/packages/$package"_*.deb "$directory/root"; done
 }
 
-if ! docker image inspect "$valkey" > /dev/null 2>&1; then
+make_valkey() {
+  is_there "$valkey" && return
   unpack "$work/valkey" redis-tools libjemalloc2 liblzf1 libatomic1
   ln -s redis-check-rdb "$work/valkey/root/usr/bin/valkey-server"
   ln -s redis-cli "$work/valkey/root/usr/bin/valkey-cli"
@@ -91,9 +86,10 @@ EXPOSE 6379
 CMD ["valkey-server"]
 END
   image "$valkey" "$work/valkey"
-fi
+}
 
-if [ -n "$with_prometheus" ] && ! docker image inspect "$prometheus" > /dev/null 2>&1; then
+make_prometheus() {
+  is_there "$prometheus" && return
   unpack "$work/prometheus" prometheus busybox
   cat > "$work/prometheus/Dockerfile" <<END
 FROM $python
@@ -108,4 +104,13 @@ ENTRYPOINT ["/bin/prometheus"]
 CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
 END
   image "$prometheus" "$work/prometheus"
-fi
+}
+
+[ $# -gt 0 ] || { echo "stand-ins.sh: say what to make: python, valkey, prometheus, wheels" >&2; exit 2; }
+for what; do
+  case $what in
+    python | valkey | prometheus | wheels) ;;
+    *) echo "stand-ins.sh: there is no stand-in for $what; there are python, valkey, prometheus, and wheels" >&2; exit 2 ;;
+  esac
+done
+for what; do "make_$what"; done

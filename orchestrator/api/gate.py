@@ -7,7 +7,6 @@ tokens every request needs one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,14 +24,18 @@ from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import UnavailableError
 from orchestrator.telemetry import get_logger
 from orchestrator.tokens import Scope as TokenScope
-from orchestrator.tokens import Tokens, is_loopback
+from orchestrator.tokens import Tokens, is_loopback, stranger_of
 
 log = get_logger(__name__)
 
 #: Who asks without a token.
 LOOPBACK = "loopback"
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::\d{1,5})?\Z", re.ASCII)
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+_KEPT_OUT = {
+    "host": "without tokens only requests to localhost are answered, and not those that name another host; make a "
+    "token with `orchestrator tokens create`",
+    "proxy": "without tokens no requests by a proxy are answered; make a token with `orchestrator tokens create`",
+    "site": "without tokens no requests of other sites are answered",
+}
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _ABOUT_CHARACTERS = 500
 _ABOUT_ELEMENTS = 100
@@ -100,23 +103,10 @@ class Gate:
 
     @staticmethod
     def _keep_browsers_out(headers: Headers) -> None:
-        hosts = headers.getlist("host")
-        named = _HOST.match(hosts[0]) if len(hosts) == 1 else None
-        if named is None or not is_loopback(named[1]):
-            raise Refusal(
-                403,
-                "without tokens only requests to localhost are answered, and not those that name another host; make a "
-                "token with `orchestrator tokens create`",
-            )
-        if any(name in headers for name in _FORWARDED):
-            raise Refusal(
-                403,
-                "without tokens no requests by a proxy are answered; make a token with `orchestrator tokens create`",
-            )
-        origins = headers.getlist("origin")
-        is_cross = any(origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}") for origin in origins)
-        if is_cross or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refusal(403, "without tokens no requests of other sites are answered")
+        fetch_site = headers.get("sec-fetch-site", "none")
+        kind = stranger_of(headers.getlist("host"), headers.getlist("origin"), fetch_site, headers)
+        if kind:
+            raise Refusal(403, _KEPT_OUT[kind])
 
 
 def needs(scope: TokenScope) -> Callable[[_Function], _Function]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import redis
 from celery import Celery
+from redis import RedisError  # not the module: its name here is that of the transport
 
 from orchestrator.brokers.claims import Claims, parse
 from orchestrator.canvas import QUEUED_AT
@@ -106,7 +106,7 @@ class RedisBroker(Broker):
     def _guard(self, ask: Callable[[], _Answer]) -> _Answer:
         try:
             return ask()
-        except redis.RedisError as exc:
+        except RedisError as exc:
             raise unavailable(self._client, exc) from exc
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.errors import AlreadyRunningError, SettingsError, UnavailableError
 from orchestrator.settings import Settings
+from orchestrator.tokens import is_loopback
 
 #: In the data directory: where the gateway listens.
 STATE = "gateway.json"
@@ -42,17 +43,17 @@ def listen(settings: Settings) -> Listeners:
     machine, UnavailableError if the data directory cannot be written.
     """
     kept = addresses(settings.data_dir)
-    gateway = _listen("", settings.host, settings.port, kept.get("port", ""))
+    gateway = listen_on("", settings.host, settings.port, kept.get("port", ""))
     try:
-        health = _listen("health_", settings.health_host, settings.health_port, kept.get("health_port", ""))
+        health = listen_on("health_", settings.health_host, settings.health_port, kept.get("health_port", ""))
     except BaseException:
         gateway.close()
         raise
     found = Listeners(
         gateway=gateway,
         health=health,
-        url=_url(settings.host, gateway),
-        health_url=_url(settings.health_host, health),
+        url=url_of(settings.host, gateway),
+        health_url=url_of(settings.health_host, health),
     )
     draft = settings.data_dir / f"{STATE}.tmp"
     state = {"url": found.url, "health_url": found.health_url}
@@ -72,6 +73,16 @@ def listen(settings: Settings) -> Listeners:
     return found
 
 
+def listen_as_monitor(settings: Settings) -> socket.socket:
+    """Listen on the address of the monitor; raises as `listen`, and SettingsError if others could use it unasked."""
+    if not settings.read_monitor_auth() and not is_loopback(settings.monitor_host):
+        raise SettingsError(
+            f"monitor_host {settings.monitor_host} is not this machine alone, and there is no password: anybody could "
+            "cancel steps; set monitor_auth to env:NAME or file:PATH of `user:password`"
+        )
+    return listen_on("monitor_", settings.monitor_host, settings.monitor_port)
+
+
 def addresses(data_dir: Path) -> dict[str, str]:
     """Return `url` and `health_url` of the gateway of a data directory, running or not; empty if it never had one.
 
@@ -84,25 +95,31 @@ def addresses(data_dir: Path) -> dict[str, str]:
     return {name: str(url) for name, url in state.items()} if isinstance(state, dict) else {}
 
 
-def _listen(which: str, host: str, port: int, kept: str) -> socket.socket:
+def listen_on(which: str, host: str, port: int, kept: str = "") -> socket.socket:
+    """Listen on an address, whose settings are `{which}host` and `{which}port`; raises as `listen`.
+
+    Port 0 is that of `kept`, the one before, or a free one.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     tries = [port] if port else [int(kept) if kept.isdigit() and int(kept) < 65536 else 0, 0]
     for number in tries:
         try:
             return socket.create_server((host, number), family=family, backlog=_BACKLOG)
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             if not port and number:
                 continue
-            if exc.errno == errno.EADDRINUSE:
+            if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
                 raise AlreadyRunningError(
                     f"port {port} on {host} is in use; stop what listens there, or set {which}port to another"
                 ) from exc
+            why = exc.strerror if isinstance(exc, OSError) else "it is no address"
             raise SettingsError(
-                f"cannot listen on {host} port {port}: {exc.strerror}; set {which}host and {which}port to others"
+                f"cannot listen on {host} port {port}: {why}; set {which}host and {which}port to others"
             ) from exc
     raise AssertionError  # port 0 is always tried
 
 
-def _url(host: str, listener: socket.socket) -> str:
+def url_of(host: str, listener: socket.socket) -> str:
+    """Return the URL of what listens there, as another process on this machine uses it."""
     reachable = _ANYWHERE.get(host, host)
     return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{listener.getsockname()[1]}"

@@ -172,12 +172,13 @@ def up(
     data_dir: DataDirOption = None,
     host: HostOption = None,
     port: PortOption = None,
+    flower: Annotated[bool, typer.Option("--flower", help="Run the monitor (Flower), too.")] = False,
 ) -> int:
     """Run everything on this machine: the embedded server, the control process and a worker for each pool."""
     from orchestrator.cli.up import Up
 
     settings = settings_of(project, data_dir, host=host, port=port)
-    return Up(settings).run()
+    return Up(settings, with_monitor=flower).run()
 
 
 @app.command(hidden=True)
@@ -226,6 +227,21 @@ def beat(project: ProjectOption = None, data_dir: DataDirOption = None) -> int:
     from orchestrator.cli.control import Control
 
     return Control(for_role("beat", project, data_dir), roles=["beat"]).run()
+
+
+@app.command()
+def monitor(
+    project: ProjectOption = None,
+    data_dir: DataDirOption = None,
+    host: Annotated[str | None, typer.Option(help="Address of the monitor.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the monitor (default: 5555).")] = None,
+    up_pid: UpPidOption = 0,
+) -> int:
+    """Run Flower, which shows workers and steps, and cancels a step when it is to revoke one."""
+    from orchestrator.cli.monitor import run_monitor
+
+    settings = for_role("monitor", project, data_dir, monitor_host=host, monitor_port=port)
+    return run_monitor(settings, up_pid=up_pid or None)
 
 
 @app.command()

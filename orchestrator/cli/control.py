@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -27,6 +28,7 @@ from orchestrator.leading import LeadingService
 from orchestrator.ledger import keys
 from orchestrator.project import code_files, definition_files
 from orchestrator.releases import announce_release
+from orchestrator.remote_control import RemoteControl, revoke
 from orchestrator.rescuer import Rescuer
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import on_to_json
@@ -104,6 +106,18 @@ def _care_of(engine: Engine) -> list[LeadingService]:
     return care
 
 
+def _remote_control(engine: Engine) -> RemoteControl:
+    """Return what carries out commands of Celery's tools also when no worker is up."""
+    name = f"control@{socket.gethostname()}:{os.getpid()}"
+    return RemoteControl(engine, name, {"revoke": partial(revoke, engine), "enable_events": partial(_watch, engine)})
+
+
+def _watch(engine: Engine, **_: object) -> dict[str, str]:
+    """Have workers tell of steps: a Flower that is not ours asks for that every few seconds, as long as it runs."""
+    engine.pools.monitor()
+    return {"ok": "task events enabled"}
+
+
 def _kinds_of_trigger(engine: Engine) -> tuple[Kind, ...]:
     settings = engine.settings
     return (
@@ -147,6 +161,7 @@ class Control:
         self._autoscaler = Autoscaler(engine, launcher or NoLauncher()) if "autoscaler" in roles else None
         if self._autoscaler is not None:
             self._care.append(self._autoscaler)
+        self._remote = _remote_control(engine) if "dispatcher" in roles else None
         self._role = "control" if len(roles) > 1 else next(iter(roles))
         self._followers: list[Follower] = []
         self._serves = "gateway" in roles
@@ -163,8 +178,8 @@ class Control:
             self._followers.append(Gateway(engine))
 
     @property
-    def _parts(self) -> list[Follower | LeadingService]:
-        return [*self._care, *self._followers]
+    def _parts(self) -> list[Follower | LeadingService | RemoteControl]:
+        return [*self._care, *self._followers, *([] if self._remote is None else [self._remote])]
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; returns the exit code. Raises DefinitionError if nothing can be loaded."""
@@ -183,7 +198,8 @@ class Control:
         if self._dispatches:
             self._announce()
         try:
-            self._apply(workflows, generation)
+            self._apply(workflows)
+            self._renew(generation)
             for part in self._parts:
                 part.start()
             if self._dispatches:
@@ -214,7 +230,7 @@ class Control:
                 log.warning("version_waits", error=str(exc))
                 self._stop.wait(1.0)
 
-    def _apply(self, workflows: list[Workflow], generation: str) -> None:
+    def _apply(self, workflows: list[Workflow]) -> None:
         if self._followers and not self._dispatches:
             self._await_dispatcher(workflows)
         for follower in self._followers:
@@ -225,6 +241,9 @@ class Control:
                 except OrchestratorError as exc:
                     log.warning("definitions_wait", error=str(exc))
                     self._stop.wait(1.0)
+
+    def _renew(self, generation: str) -> None:
+        """Have workers that are launched here of this generation of the code."""
         if self._autoscaler is not None:
             self._autoscaler.renew(generation)
 
@@ -253,7 +272,8 @@ class Control:
             for fault in project.faults:
                 say(f"  {fault}")
             return
-        self._apply(list(project.workflows.values()), project.code_hash)
+        self._apply(list(project.workflows.values()))
+        self._renew(project.code_hash)
         if self._up_pid is not None:
             try:
                 write_definitions(self._settings.data_dir, project)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import typer
@@ -32,8 +33,8 @@ def pools_list(
     """List pools: their size, what waits for them, and what the autoscaler decided last and why."""
     from orchestrator.sizes import Sizes
 
-    with engine_of(settings_of(project, data_dir)) as engine:
-        pools, following, autoscaler = Sizes(engine).page(limit, after)
+    with engine_of(settings_of(project, data_dir)) as engine, closing(Sizes(engine)) as sizes:
+        pools, following, autoscaler = sizes.page(limit, after)
     if as_json:
         print_json({"items": pools, "next": following, "autoscaler": autoscaler})
         return
@@ -47,8 +48,8 @@ def show(name: str, project: ProjectOption = None, data_dir: DataDirOption = Non
     """Show a pool and its workers."""
     from orchestrator.sizes import Sizes
 
-    with engine_of(settings_of(project, data_dir)) as engine:
-        pool = Sizes(engine).show(name)
+    with engine_of(settings_of(project, data_dir)) as engine, closing(Sizes(engine)) as sizes:
+        pool = sizes.show(name)
     if as_json:
         print_json(pool)
         return
@@ -76,8 +77,8 @@ def scale(
 
     if size != "auto" and not (size.isascii() and size.isdecimal()):
         raise InputError(f"the size of a pool is a whole number, or auto, not {size!r}")
-    with engine_of(settings_of(project, data_dir)) as engine:
-        pool = Sizes(engine).scale(name, None if size == "auto" else int(size))
+    with engine_of(settings_of(project, data_dir)) as engine, closing(Sizes(engine)) as sizes:
+        pool = sizes.scale(name, None if size == "auto" else int(size))
     if as_json:
         print_json(pool)
     elif pool["pinned"] is None:

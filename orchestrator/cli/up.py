@@ -2,6 +2,7 @@
 
     up ── valkey-server                the embedded server (unless broker_url is set)
        ├─ orchestrator control         dispatcher, rescuer, triggers, gateway, autoscaler
+       ├─ orchestrator monitor         Flower, with --flower
        └─ orchestrator worker POOL     one for each pool that is used, without processes until there is work; more if
                                        the autoscaler wants them, and new ones for each generation of the code
 
@@ -23,7 +24,7 @@ from typing import IO
 import redis
 
 from orchestrator.cli.access import load, used_pools, warnings_of, with_servers
-from orchestrator.cli.addresses import addresses, listen
+from orchestrator.cli.addresses import addresses, listen, listen_as_monitor, url_of
 from orchestrator.cli.in_force import DEFINITIONS, read_definitions, write_definitions
 from orchestrator.cli.launching import part_command, process_launcher
 from orchestrator.cli.listening import listened_to
@@ -54,8 +55,11 @@ _ASK_S, _ASK_AGAIN_S, _ASK_TIMEOUT_S = 1.0, 3.0, 0.5
 class Up:
     """The supervisor. `run` blocks until Ctrl-C or SIGTERM and returns the exit code."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, with_monitor: bool = False) -> None:
         self._settings = settings
+        self._with_monitor = with_monitor
+        self._monitor: Part | None = None
+        self._monitor_url = ""
         self._server: Part | None = None
         self._server_lock: IO[str] | None = None
         self._control: Part | None = None
@@ -92,6 +96,8 @@ class Up:
             address = ("--host", self._settings.host, "--port", str(self._settings.port))
             self._control = Part("control", part_command(self._settings, "control", *address))
             self._control.start()
+            if self._monitor is not None:
+                self._monitor.start()
             ledger = Ledger(connect(with_servers(self._settings).ledger_url, timeout_s=_ASK_TIMEOUT_S))
             self._records = PoolRecords(ledger)
             self._faults = FaultNotes(self._records, self._workers.place)
@@ -114,7 +120,7 @@ class Up:
         self._signals += 1
 
     def _parts(self) -> list[Part]:
-        return [part for part in (self._control, self._server) if part is not None]
+        return [part for part in (self._monitor, self._control, self._server) if part is not None]
 
     def _lock(self) -> IO[str]:
         data_dir = self._settings.data_dir
@@ -185,6 +191,11 @@ class Up:
         finally:
             ledger.client.close()
         listen(self._settings).close()
+        if self._with_monitor:
+            with listen_as_monitor(self._settings) as listener:
+                self._monitor_url = url_of(self._settings.monitor_host, listener)
+                at = ("--host", self._settings.monitor_host, "--port", str(listener.getsockname()[1]))
+            self._monitor = Part("monitor", part_command(self._settings, "monitor", *at))
 
     def _check_external(self) -> None:
         from orchestrator.engine import Engine
@@ -234,8 +245,8 @@ class Up:
         for pool in self._workers.pools - states.keys() - self._pools:
             self._workers.scale(pool, 0)
         for pool, state in states.items():
-            is_used = state.is_used or pool in self._pools
-            self._workers.scale(pool, max(1, state.desired_workers) if is_used else 0, state.leave)
+            least = int(state.is_used or pool in self._pools)
+            self._workers.scale(pool, max(least, state.desired_workers), state.leave)
 
     def _look_after(self) -> None:
         if (self._settings.data_dir / DEFINITIONS).stat().st_mtime_ns != self._definitions_seen:
@@ -256,6 +267,8 @@ class Up:
         asked = self._signals
         assert self._control is not None
         self._control.signal(signal.SIGTERM)
+        if self._monitor is not None:
+            self._monitor.signal(signal.SIGTERM)
         self._workers.close(lambda: self._signals > asked)
         wait_for([self._control], _STOP_S, lambda: self._signals > asked)
         self._control.signal(signal.SIGKILL)
@@ -272,6 +285,8 @@ class Up:
         say(f"data      {settings.data_dir}")
         at = addresses(settings.data_dir)
         say(f"gateway   {at['url']} (health {at['health_url']})")
+        if self._monitor is not None:
+            say(f"monitor   {self._monitor_url} (Flower)")
         for name in sorted(self._pools):
             pool = settings.pool(name)
             say(f"pool      {name}: {pool.minimum} to {pool.maximum} at a time, {pool.minimum or 'none'} at rest")

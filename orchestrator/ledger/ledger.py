@@ -513,6 +513,11 @@ class Ledger:
         state = self.guard(lambda: self.client.hget(keys.run_key(run, "states"), slot))
         return str(state or ("queued" if "/" in slot else "scheduled"))
 
+    def worker_of(self, run: str, slot: str, attempt: int) -> str:
+        """Return which process ran an attempt, as worker/pid; empty if none has."""
+        record = self.guard(lambda: self.client.hget(keys.run_key(run, "attempts"), f"{slot}@{attempt}"))
+        return str(json.loads(record or "{}").get("worker", ""))
+
     def attempts_of(self, run: str, slot: str) -> tuple[int, int]:
         """Return which attempt a slot is at: (over all episodes, in this one)."""
         retries, before = self.guard(lambda: self.client.hmget(keys.run_key(run, "attempts"), f"{slot}#a", f"{slot}#b"))

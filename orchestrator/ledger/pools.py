@@ -156,7 +156,3 @@ class PoolRecords:
     def monitor(self) -> None:
         """Say that somebody monitors: for MONITORED_MS workers send events of what they do."""
         self._ledger.guard(lambda: self._client.set(keys.MONITORED, "1", px=MONITORED_MS))
-
-    def is_monitored(self) -> bool:
-        """Tell whether somebody monitors."""
-        return bool(self._ledger.guard(lambda: self._client.exists(keys.MONITORED)))

@@ -15,6 +15,8 @@ import kombu
 import kombu.pools
 import pytest
 
+from orchestrator import canvas
+from orchestrator.brokers import Waiting, broker_of
 from orchestrator.bus import EventBus
 from orchestrator.celery_app import CONFIRM_TIMEOUT_S, EVENT_QUEUE, STEP_TASK, queue_name
 from orchestrator.deadletters import DeadLetters
@@ -253,3 +255,30 @@ def test_bad_messages_become_dead_letters_with_their_bodies(
         dispatcher.stop()
         engine.close()
         _delete(on_rabbitmq, EVENT_QUEUE)
+
+
+def test_what_waits_is_told_also_after_the_connection_was_lost(on_rabbitmq: Settings) -> None:
+    proxy = Proxy(on_rabbitmq.broker_url)
+    direct = Engine(on_rabbitmq, patience_s=0.0)
+    through = Engine(on_rabbitmq.evolve(broker_url=proxy.url), patience_s=0.0)
+    broker = broker_of(through.settings, through.app, timeout_s=1.0)
+    plan = Plan.of(Workflow(name="w", steps=(Step(id="s", task="t:f", pool="counted"),)))
+    try:
+        assert broker.waiting(["counted", "never-made"], 0) == {"counted": Waiting(), "never-made": Waiting()}
+        for n in range(3):
+            canvas.publish(direct.app, canvas.link(direct.app, plan, f"r{n}", "s"))
+        assert broker.waiting(["never-made", "counted"], 0)["counted"] == Waiting(3, None)
+        proxy.break_connections()
+        assert broker.waiting(["counted"], 0)["counted"].backlog == 3, "by a new connection"
+        proxy.cut()
+        began = time.monotonic()
+        with pytest.raises(UnavailableError):
+            broker.depths([queue_name("counted")])
+        assert time.monotonic() - began < 10
+        proxy.mend()
+        assert broker.waiting(["counted"], 0)["counted"].backlog == 3
+    finally:
+        broker.close()
+        proxy.stop()
+        for engine in (direct, through):
+            engine.close()

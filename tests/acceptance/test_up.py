@@ -269,8 +269,8 @@ def test_a_part_that_is_killed_is_started_again_and_the_run_ends(up: Up, tmp_pat
 
 def test_nothing_is_left_running(up: Up) -> None:
     assert up.process is not None
-    # The server, the control process, the worker and its children.
-    family = wait_until(lambda: up.family(5), "all processes have started")
+    # The server, the control process, the worker, which has no processes at rest.
+    family = wait_until(lambda: up.family(3), "all processes have started")
     assert up.stop(signal.SIGINT) == 0
     assert [process for process in family if process.is_running() and process.status() != "zombie"] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,13 +13,39 @@ import pytest
 from orchestrator.cli import control
 from orchestrator.cli.control import Control
 from orchestrator.engine import Engine
+from orchestrator.errors import SettingsError
 from orchestrator.plan import Plan
 from orchestrator.settings import Settings
 from orchestrator.subscriptions import OnFile
 from orchestrator.workflows import Step, Workflow
-from tests.conftest import capture_logs
+from tests.conftest import capture_logs, command, on_servers, wait_until, write_project
 
+ONE = "workflow: w\nsteps: {f: {task: 'tasks:f'}}\n"
 Apply = Callable[[Workflow], threading.Thread]
+
+
+def test_a_role_touches_its_health_file_as_long_as_it_works(settings: Settings, tmp_path: Path) -> None:
+    health = tmp_path / "health"
+    write_project(settings.project, {"tasks.py": "def f(): ...\n", "workflows/w.yaml": ONE})
+    role = subprocess.Popen(
+        command("beat", "--project", str(settings.project)),
+        env=on_servers(settings, ORCHESTRATOR_HEALTH_FILE=str(health)),
+    )
+    try:
+        wait_until(health.exists, "it is there")
+        for _ in range(2):
+            before = health.stat().st_mtime_ns
+            wait_until(lambda before=before: health.stat().st_mtime_ns > before, "it is touched")
+        role.terminate()
+        assert role.wait(timeout=30) == 0
+    finally:
+        role.kill()
+        role.wait()
+
+
+def test_a_health_file_that_cannot_be_written_is_refused(settings: Settings) -> None:
+    with pytest.raises(SettingsError, match="health_file /nowhere/health cannot be written: No such file or directory"):
+        Control(settings.evolve(health_file="/nowhere/health"), roles=("beat",))
 
 
 @pytest.fixture

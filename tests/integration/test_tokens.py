@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -84,6 +85,35 @@ def test_a_gateway_for_others_starts_with_a_token_alone_and_asks_for_it(
     ]  # fmt: skip
     assert entries[1]["who"] == "ops"
     assert token not in json.dumps(entries)
+
+
+def test_a_token_in_a_file_is_made_once_and_replaced_when_it_is_worthless(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    arguments = ("tokens", "create", "first", "--scope", "admin", "--file", str(file))
+    assert cli(*arguments).stdout == f"made token first; it is in {file}\n"
+    token = file.read_text().strip()
+    assert (file.stat().st_mode & 0o777, token.startswith("orc.first.")) == (0o600, True)
+    again = cli(*arguments)
+    assert (again.stdout, again.returncode, file.read_text().strip()) == (
+        f"a good token first is in {file}\n",
+        0,
+        token,
+    )
+    for spoil in (file.unlink, lambda: file.write_text("orc.first.other"), lambda: cli("tokens", "revoke", "first")):
+        spoil()
+        assert "made token first" in cli(*arguments).stdout
+        assert file.read_text().strip() != token
+        token = file.read_text().strip()
+    (listed,) = json.loads(cli("tokens", "list", "--json").stdout)["items"]
+    assert listed["name"] == "first"
+    assert "good token" in cli(*arguments).stdout
+
+
+def test_a_file_that_cannot_hold_a_token_is_refused(cli: Cli, tmp_path: Path) -> None:
+    for file, why in ((tmp_path, "cannot be read"), (tmp_path / "no" / "token", "cannot be written")):
+        refused = cli("tokens", "create", "first", "--file", str(file))
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+        assert why in refused.stderr
 
 
 def test_tokens_are_listed_without_themselves_and_odd_ones_are_refused(cli: Cli) -> None:

@@ -59,9 +59,9 @@ def steady() -> Pattern:
 
 def burst() -> Pattern:
     rng = random.Random(SEED)
-    messages = [(at_s, held(rng, 0.5)) for at_s, count in ((30, 50), (630, 300), (1230, 2000)) for _ in range(count)]
+    messages = [(at_s, held(rng, 0.5)) for at_s, count in ((30, 100), (630, 300), (1230, 1000)) for _ in range(count)]
     return Pattern(
-        name="burst", title="bursts: 50, 300 and 2,000 at once, 0.5 s each", messages=messages, horizon_s=1800
+        name="burst", title="bursts: 100, 300 and 1,000 at once, 0.5 s each", messages=messages, horizon_s=1800
     )
 
 
@@ -118,4 +118,4 @@ def recorded() -> Pattern:
     return Pattern(name="recorded", title=body["title"], messages=messages, horizon_s=body["horizon_s"])
 
 
-PATTERNS = (steady, burst, on_off, daily, long_among_short, long_after_short, mixed, trickle)
+PATTERNS = (steady, burst, on_off, daily, long_among_short, long_after_short, mixed, trickle, recorded)

@@ -13,8 +13,10 @@ from .arrivals import Pattern
 from .pool import NAME, REPORT_S, Pool, Worker
 
 TURN_S = 1.0
+#: Who rings has published the first of what may be many: one looks again.
+AGAIN_S = 0.25
 #: A process that a message has woken stays at least so long, whatever was decided before.
-WOKEN_S = 3.0
+WOKEN_S = 5.0
 
 
 class Ours:
@@ -40,6 +42,7 @@ class Ours:
         if self._pool.now_s - self._rung_s >= 1.0:
             self._rung_s = self._pool.now_s
             self._turn()
+            self._pool.after(AGAIN_S, self._turn)
 
     def _turn(self) -> None:
         queue = self._pool.queue
@@ -64,7 +67,7 @@ class Ours:
         self._wanted = max(1, workers_wanted(self._settings, decision.desired, staying))
 
     def _launch(self) -> None:
-        live = [one for one in self._pool.live()]
+        live = list(self._pool.live())
         while self._launched < self._wanted:
             self._launched += 1
             self._pool.start_worker(self._settings.concurrency, self._ready, delay_s=1.5 if self._pool.now_s else 0.0)
@@ -82,8 +85,11 @@ class Ours:
                 self._reports.pop(worker.name, None)
                 return
             self._reports[worker.name] = worker.report(self._pool.now_s)
-            target = self._targets.get(worker.name, 0)
-            if not worker.is_draining:
+            target = self._targets.get(worker.name)
+            if target is None and not worker.is_draining:
+                # It goes by what it sees itself: a process for each message that it can take.
+                self._pool.size(worker, max(worker.size, min(worker.ceiling, len(self._pool.queue))))
+            elif target is not None and not worker.is_draining:
                 worker.wakes = target != STANDBY
                 if target >= worker.size or self._pool.now_s - worker.woken_s > WOKEN_S:
                     self._pool.size(worker, max(0, target))
@@ -209,7 +215,6 @@ def rules(pattern: Pattern, settings: PoolSettings) -> dict[str, Callable[[Pool]
     mean = min(settings.maximum, max(1, ceil(pattern.mean_load)))
     return {
         "Orchestrator": lambda pool: Ours(pool, settings),
-        "Orchestrator, age not known": lambda pool: Ours(pool, settings, knows_age=False),
         f"fixed at max ({settings.maximum})": lambda pool: Fixed(pool, settings.maximum),
         f"fixed at mean load ({mean})": lambda pool: Fixed(pool, mean),
         "Celery --autoscale": lambda pool: CeleryRule(pool, settings.maximum),

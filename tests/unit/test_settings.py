@@ -44,6 +44,28 @@ def test_rabbitmq_takes_the_messages_and_redis_the_ledger(tmp_path: Path) -> Non
     assert (found.broker_url, found.ledger_url) == ("amqp://h//", "redis://h/0")
 
 
+def test_urls_may_be_kept_in_files_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "url").write_text("redis://:secret@h/0\n")
+    monkeypatch.setenv("BROKER", "amqp://user:secret@h//")
+    found = load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": f"file:{tmp_path}/url"})
+    assert (found.broker_url, found.ledger_url) == ("redis://:secret@h/0", "redis://:secret@h/0")
+    text = f'[settings]\nbroker_url = "env:BROKER"\nledger_url = "file:{tmp_path}/url"\n'
+    found = load(tmp_path, text)
+    assert (found.broker_url, found.ledger_url) == ("amqp://user:secret@h//", "redis://:secret@h/0")
+
+
+def test_a_url_that_is_not_where_it_should_be_is_told_without_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "odd").write_text("http://secret@h/0\n")
+    with pytest.raises(SettingsError, match=r"broker_url: secret file:/nowhere/x: No such file"):
+        load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": "file:/nowhere/x"})
+    with pytest.raises(SettingsError, match=r"broker_url: what file:.*empty holds is empty"):
+        load(tmp_path, environ={"ORCHESTRATOR_BROKER_URL": f"file:{tmp_path}/empty"})
+    with pytest.raises(SettingsError, match="ledger_url must be a redis") as caught:
+        load(tmp_path, environ={"ORCHESTRATOR_LEDGER_URL": f"file:{tmp_path}/odd"})
+    assert "secret@" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -185,6 +207,7 @@ def test_a_pool_says_its_limits(tmp_path: Path) -> None:
         "[pools.a]\nmin = 1\nmax = 8\nconcurrency = 4\nkind = 'prefork'\nmemory = '2GB'\ncpu = 0.5\ngpu = 1\n"
         "max_tasks_per_process = 100\nidle_after = '2m'\ntarget = {start_within = '500ms'}\n"
         "[pools.b]\nconcurrency = 3\ntarget = '1s'\n[pools.c]\nmax = 50\nkind = 'threads'\n"
+        "[pools.d]\nkind = 'threads'\n[pools.e]\nmax = 90\n"
     )
     pools = load(tmp_path, text).pools
     assert pools["a"] == PoolSettings(
@@ -192,6 +215,8 @@ def test_a_pool_says_its_limits(tmp_path: Path) -> None:
         idle_after_s=120.0, start_within_s=0.5,
     )  # fmt: skip
     assert (pools["b"].maximum, pools["b"].start_within_s, pools["b"].minimum) == (3, 1.0, 0)
-    assert (pools["c"].maximum, pools["c"].concurrency, pools["c"].kind) == (50, os.cpu_count(), PoolKind.THREADS)
+    assert (pools["d"].maximum, pools["d"].concurrency) == (16, 16)
+    assert (pools["e"].maximum, pools["e"].concurrency) == (90, os.cpu_count())
+    assert (pools["c"].maximum, pools["c"].concurrency, pools["c"].kind) == (50, 50, PoolKind.THREADS)
     assert load(tmp_path).pool("other") == PoolSettings()
     assert pools_from_json(json.loads(json.dumps(pools_to_json(pools)))) == pools

@@ -51,6 +51,8 @@ class Launcher(ABC):
 
     #: Which of several launchers says that workers do not start.
     place: str
+    #: Whether it starts workers; else how many there are is somebody else's decision.
+    starts_workers: bool = True
 
     @abstractmethod
     def scale(self, pool: str, count: int, leave: Sequence[str] = ()) -> None:

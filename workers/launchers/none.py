@@ -11,6 +11,7 @@ class NoLauncher(Launcher):
     """Starts nothing, so nothing of it is there; what is wanted is in `pools list`."""
 
     place = "none"
+    starts_workers = False
 
     def scale(self, pool: str, count: int, leave: Sequence[str] = ()) -> None:
         return
