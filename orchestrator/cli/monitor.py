@@ -38,7 +38,8 @@ _SAY_S = 5.0
 _STEPS = 20_000
 _GONE_WORKERS_S = 300
 _READS = ("GET", "HEAD", "OPTIONS")
-_REVOKE = "/api/task/revoke/"
+#: What is asked for by POST and answered: a revoke, and the list of steps, which changes nothing.
+_POSTS = ("/api/task/revoke/", "/tasks/datatable")
 _START = "steps are started by their runs; start one with `orchestrator run`"
 #: Addresses of Flower's that would change something, by their beginning, and why that is refused.
 _REFUSED = {
@@ -164,7 +165,7 @@ def refusal(request: HTTPServerRequest, password: str) -> tuple[int, str] | None
         )
         if kind:
             return 403, _KEPT_OUT[kind]
-    if request.method not in _READS and not request.path.startswith(_REVOKE):
+    if request.method not in _READS and not request.path.startswith(_POSTS):
         why = next((why for start, why in _REFUSED.items() if request.path.startswith(start)), "nothing to change here")
         return 403, f"not in Flower: {why}"
     return None
