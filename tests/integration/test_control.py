@@ -59,7 +59,7 @@ def apply(settings: Settings) -> Iterator[Apply]:
     made = Control(settings, roles=("trigger",))
 
     def apply_(workflow: Workflow) -> threading.Thread:
-        thread = threading.Thread(target=made._apply, args=([workflow],))
+        thread = threading.Thread(target=made._apply, args=([workflow], ""))
         thread.start()
         return thread
 
