@@ -465,5 +465,6 @@ def test_each_of_two_thousand_steps_is_run_once_while_processes_come_and_go(sett
         assert set(attempts(place.end(run)).values()) == {(1, 0)}
     assert len(sizes) > 3, sizes
     for worker in workers:
-        assert "child_lost" not in worker.log.read_text()
+        for trouble in ("child_lost", "process_failed_to_start", "Timed out waiting", "step_was_taken_over"):
+            assert trouble not in worker.log.read_text()
     place.close()
