@@ -160,7 +160,7 @@ def test_links_further_on_in_a_chain_are_left_to_others_and_each_is_run_once(pla
     run = place.start(*chain)
     wait_until((tmp_path / "begun").exists, "the first link has begun")
     (child,) = pids(first)
-    place.tell((first, 0), (second, 1))
+    place.tell((first, STANDBY), (second, 1))  # with 0 it may be woken by what its own child leaves
     assert pids(first) == [child]
     (tmp_path / "go").touch()
     assert set(attempts(place.end(run)).values()) == {(1, 0)}
