@@ -72,7 +72,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
         sizing = Sizing(wanted, ceiling, slots)
         reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
-        watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid, events=events)
+        watch = Watch(engine, slots, identity, kind=wanted.kind, reporting=reporting, up_pid=up_pid, events=events)
         monitoring = Monitoring(app, slots, pipe, identity.worker, publishing=forking)
         control = RemoteControl(
             engine,
