@@ -19,6 +19,8 @@ from orchestrator.workflows import Param
 Place = tuple[str, ...]
 
 _LEAST_MEMORY, _MOST_MEMORY = 10**6, 10**15
+#: How many threads a pool of threads has at most if it does not say.
+_THREADS = 16
 _MOST_PROCESSES, _MOST_CONCURRENCY, _MOST_CORES = 100_000, 1_000, 10_000
 
 
@@ -143,10 +145,15 @@ class Pool(Model):
         return found
 
     def build(self) -> PoolSettings:
-        """Return the domain's form of it. A pool of which only one bound is given has that for both."""
+        """Return the domain's form of it. `concurrency` alone bounds the pool, too; one worker has all threads."""
+        maximum = self.max or self.concurrency
+        concurrency = self.concurrency
+        if self.kind == "threads":
+            maximum = maximum or _THREADS
+            concurrency = concurrency or min(maximum, _MOST_CONCURRENCY)
         given = {
-            "maximum": self.max or self.concurrency,
-            "concurrency": self.concurrency,
+            "maximum": maximum,
+            "concurrency": concurrency,
             "idle_after_s": self.idle_after,
             "start_within_s": None if self.target is None else self.target.start_within,
             "minimum": self.min,

@@ -1,8 +1,8 @@
 """Capture: what a step prints and logs, kept per attempt, bounded, with secrets masked.
 
 Each thread that runs a step has its own text (a context variable); threads that a step starts, which have none, write
-to that of the step which began last in this process. What is written outside a step goes where it always went, and so
-does the output of programs that a step starts.
+to that of the one step which runs in this process. In a pool of threads, where several do, nobody can tell whose they
+are. What is written outside a step goes where it always went, and so does the output of programs that a step starts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus
@@ -37,9 +38,9 @@ _of_process: set[str] = set()
 
 def _captured() -> Captured | None:
     found = _current.get()
-    if found is None:
-        last = _latest[-1:]
-        found = last[0] if last else None
+    if found is None and len(_latest) == 1:
+        with suppress(IndexError):  # it has just ended, in its thread
+            found = _latest[0]
     return found
 
 

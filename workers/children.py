@@ -133,14 +133,14 @@ class Children(AsynPool):  # type: ignore[misc]  # celery has no types
         return len(self._pool)
 
     @property
-    def staying(self) -> list[Any]:
-        """Those that do not leave."""
-        return [child for child in self._pool if not child.is_leaving]
+    def staying(self) -> int:
+        """How many do not leave."""
+        return sum(not child.is_leaving for child in self._pool)
 
     @property
     def busy(self) -> int:
         """How many of those have a message."""
-        return sum(map(self._is_busy, self.staying))
+        return sum(not child.is_leaving and self._is_busy(child) for child in self._pool)
 
     @property
     def busy_leaving(self) -> int:
@@ -157,7 +157,7 @@ class Children(AsynPool):  # type: ignore[misc]  # celery has no types
 
     # How there are more
 
-    def start(self) -> None:
+    def start_one(self) -> None:
         """Start a child, in a slot that is free. Raises OSError if the system has no room for it."""
         taken = {child.index for child in self._pool}
         index = next(index for index in range(self.slots.count) if index not in taken)
@@ -187,9 +187,11 @@ class Children(AsynPool):  # type: ignore[misc]  # celery has no types
 
     def leave(self, count: int) -> None:
         """Have so many leave: those first that have nothing to do, then those whose messages began last."""
-        staying = sorted(self.staying, key=lambda child: self._is_busy(child) and self.slots.message_since(child.index))
-        idle, busy = [[c for c in staying if self._is_busy(c) is is_busy] for is_busy in (False, True)]
-        for child in (*idle, *reversed(busy))[:count]:
+        staying = [child for child in self._pool if not child.is_leaving]
+        idle = [child for child in staying if not self._is_busy(child)]
+        busy = [child for child in staying if self._is_busy(child)]
+        busy.sort(key=lambda child: self.slots.message_since(child.index), reverse=True)
+        for child in (*idle, *busy)[:count]:
             child.is_leaving = True
             self.slots.set_leaving(child.index, child.pid)
         self.end_leaving()

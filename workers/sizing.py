@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 #: How often to look, without a message that gives occasion to.
 TURN_S = 0.1
-#: For so long a process that a message has started stays, whatever the target says: it may be from before the message.
+#: For so long the processes that messages have asked for stay, whatever the target says: it may be from before them.
 WOKEN_S = 5.0
 #: Messages may wait for so long for a process that starts or ends; then they go back, for others to take.
 WAIT_S = 0.5
@@ -35,13 +35,18 @@ class Processes(Protocol):
 
     failed_starts: list[str]
     has_started: bool
-    size: int
-    staying: list[Any]
-    busy: int
-    busy_leaving: int
-    waiting: int
 
-    def start(self) -> None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def staying(self) -> int: ...
+    @property
+    def busy(self) -> int: ...
+    @property
+    def busy_leaving(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    def start_one(self) -> None: ...
     def leave(self, count: int) -> None: ...
     def keep(self, count: int) -> int: ...
     def end_leaving(self) -> None: ...
@@ -91,7 +96,7 @@ class Sizing:
         self._pool: Any = None
         self._worker: Any = None
         self._turned_at = time.monotonic()
-        self._woken_at = float("-inf")
+        self._woken = Peak(WOKEN_S)
         self._waits_since: float | None = None
         self._failed = 0
         self._retry_at = 0.0
@@ -116,7 +121,7 @@ class Sizing:
             return
         demand = processes.busy + processes.waiting + 1
         self._peak.see(demand, time.monotonic())
-        if demand > len(processes.staying):
+        if demand > processes.staying:
             self._worker.hub.call_soon(self.maybe_scale)
 
     # What there is to decide
@@ -125,7 +130,7 @@ class Sizing:
         processes.maintain_pool()
         self._note_failures(processes, now)
         processes.end_leaving()
-        staying = len(processes.staying)
+        staying = processes.staying
         wanted = self._wanted(processes, staying, now)
         if staying > wanted:
             processes.leave(staying - wanted)
@@ -144,20 +149,21 @@ class Sizing:
     def _wanted(self, processes: Processes, staying: int, now: float) -> int:
         """Return how many processes there are to be that do not leave."""
         busy, waiting, target = processes.busy, processes.waiting, self.target
-        peak = self._peak.see(busy + waiting, now)
+        demand = busy + waiting
+        # An autoscaler that is gone for a moment is no reason to end what it has had started.
+        peak = self._peak.see(demand if target is None else max(demand, min(target, staying)), now)
         if target is None:
-            return min(max(self._minimum, peak), self.ceiling)
+            self._woken.see(demand, now)
+            return min(max(self._minimum, demand, min(staying, peak)), self.ceiling)
         if target == STANDBY:
             return 0
-        if waiting and not staying and not target:
-            self._woken_at = now
-            self.has_news = True
-        is_woken = now - self._woken_at < WOKEN_S
-        return min(max(target, int(is_woken)), self.ceiling)
+        wakes = bool(waiting and not staying and not target)
+        self.has_news = self.has_news or wakes
+        return min(max(target, self._woken.see(int(wakes), now)), self.ceiling)
 
     def _start(self, processes: Processes, now: float) -> None:
         try:
-            processes.start()
+            processes.start_one()
         except OSError as exc:
             self._fail(f"no process can be started ({exc.strerror or exc})", now)
 
@@ -188,7 +194,7 @@ class Sizing:
         by_target = min(self.ceiling, max(1, wanted) + processes.busy_leaving)
         consumer.take(self.ceiling if self.target is None else by_target)
         is_growing = processes.size < self.ceiling and now >= self._retry_at
-        surplus = processes.waiting - ((wanted if is_growing else len(processes.staying)) - processes.busy)
+        surplus = processes.waiting - ((wanted if is_growing else processes.staying) - processes.busy)
         if surplus <= 0:
             self._waits_since = None
         elif consumer.is_standing_by:

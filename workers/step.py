@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -60,6 +61,9 @@ from workers.usage import Meter
 log = get_logger(__name__)
 
 _T = TypeVar("_T")
+
+#: An import lends the standard streams of all threads.
+_importing = threading.Lock()
 
 _RUNS_KNOWN = 128
 #: No time in ms is later.
@@ -130,6 +134,10 @@ class Identity:
         """Return the opening of the records of attempts that the child `pid` makes (ledger.How)."""
         return json.dumps({"worker": f"{self.worker}/{pid}", "code": self.code})[:-1]
 
+    def record_of_thread(self, slot: int) -> str:
+        """Return that of the records that a thread of the worker makes, by its slot."""
+        return json.dumps({"worker": f"{self.worker}/thread-{slot}", "code": self.code})[:-1]
+
 
 class StepRunner:
     """Runs what messages bring, in one process (or thread) of a worker."""
@@ -143,6 +151,7 @@ class StepRunner:
         slots: Slots | None,
         slot: int,
         events: StepEvents | None = None,
+        is_thread: bool = False,
     ) -> None:
         self._engine = engine
         self._ledger = engine.ledger
@@ -151,9 +160,11 @@ class StepRunner:
         self._pool = pool
         self._slots = slots
         self._slot = slot
-        self._interrupts = None if slots is None else Interrupts(slots, slot)
+        self._is_thread = is_thread
+        # A signal reaches the main thread alone.
+        self._interrupts = None if slots is None or is_thread else Interrupts(slots, slot)
         self._events = events
-        self._record = identity.record(os.getpid())
+        self._record = identity.record_of_thread(slot) if is_thread else identity.record(os.getpid())
         self._runs: OrderedDict[str, _RunInfo] = OrderedDict()
         self._tasks: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._chunk: tuple[str, int, list[Any]] = ("", 1, [])
@@ -372,13 +383,21 @@ class StepRunner:
                 return self._attempt(info, taken, step, captured, names, inputs, links)
             except UnavailableError:
                 raise
-            except Exception:
+            except Exception as exc:
                 if self._slots is None:
                     raise
+                if self._is_thread:
+                    log.exception("thread_failed")
+                    return self._give_up(info, f"an error in its thread: {type(exc).__name__}: {exc}")
                 # Whatever the step has made of this process, or brought us that we cannot record: its slot says what
                 # it ran, so that the parent counts a loss and has it started again by another process.
                 log.exception("child_failed")
                 os._exit(1)
+
+    def _give_up(self, info: _RunInfo, reason: str) -> Answer:
+        """Have what this thread ran started again: a loss, as if it had died, but the others live on."""
+        _, rows = self._insist(lambda: self._ledger.abandon(info.id, self._record, reason))
+        return Answer("ok", publish=tuple(rows))
 
     def _attempt(
         self,
@@ -556,12 +575,21 @@ class StepRunner:
         with captured:
             self._flusher.watch(captured, partial(self._ledger.log, info.id, taken.slot, taken.attempt))
             try:
-                with restored(), nullcontext() if step.memory is None else limited(step.memory):
+                with self._surroundings(step):
                     given = {"function": function, "arguments": arguments, "slot": taken.slot}
                     text: str = self._guarded(_result, given, timeout_s, since)
                     return text
             finally:
                 self._flusher.forget()
+
+    @contextmanager
+    def _surroundings(self, step: Step) -> Iterator[None]:
+        """Guard what a function may leave changed or use up; what belongs to the process is no thread's to guard."""
+        if self._is_thread:
+            yield
+        else:
+            with restored(), nullcontext() if step.memory is None else limited(step.memory):
+                yield
 
     def _guarded(
         self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float, since: float
@@ -573,7 +601,8 @@ class StepRunner:
     def _function(self, reference: str) -> tuple[Callable[..., Any], bool]:
         """Return a task's function, and whether it takes the context."""
         if reference not in self._tasks:
-            function = resolve_task(self._settings.project, reference)
+            with _importing:
+                function = resolve_task(self._settings.project, reference)
             self._tasks[reference] = (function, takes_context(function))
         return self._tasks[reference]
 
@@ -641,8 +670,17 @@ class StepTask(Task):  # type: ignore[misc]  # celery has no types
     ignore_result = True
     acks_late = True
 
-    #: Made when a child of the worker starts (workers/worker.py).
-    runner: StepRunner
+    def __init__(self) -> None:
+        self._here = threading.local()
+
+    @property
+    def runner(self) -> StepRunner:
+        """The runner of this thread: made when a child of the worker starts, or one of its threads (worker.py)."""
+        return self._here.runner  # type: ignore[no-any-return]
+
+    @runner.setter
+    def runner(self, runner: StepRunner) -> None:
+        self._here.runner = runner
 
     def run(self, run: str, step: str, lo: int | None = None, hi: int | None = None) -> None:
         following = self.request.chain or []

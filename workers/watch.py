@@ -160,7 +160,8 @@ class Watch:
                 self._gone.add((work.pid, work.fence))
             else:
                 log.error("step_was_taken_over", pid=work.pid, run=work.run, unit=work.unit)
-                os.kill(work.pid, signal.SIGKILL)
+                if work.pid != os.getpid():  # a thread cannot be ended; its outcome is not kept
+                    os.kill(work.pid, signal.SIGKILL)
         return bool(self._gone)
 
 

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,12 @@ from celery.exceptions import SecurityWarning
 from orchestrator.celery_app import PRIORITIES, make_app, queue_name
 from orchestrator.engine import Engine
 from orchestrator.errors import DefinitionError, UnavailableError
-from orchestrator.pools import worker_name
+from orchestrator.pools import PoolKind, worker_name
 from orchestrator.project import load_project
 from orchestrator.remote_control import RemoteControl
 from orchestrator.settings import Settings
 from orchestrator.telemetry import get_logger
-from workers import capture, children
+from workers import capture, children, threads
 from workers.commands import Commands
 from workers.consumer import Consumer
 from workers.machine import Machine, gpus_of
@@ -36,6 +37,9 @@ from workers.task_events import Monitoring, Pipe, StepEvents
 from workers.watch import Watch, forking, give_up
 
 log = get_logger(__name__)
+
+#: How long a child may take until it is ready.
+_READY_S = 30.0
 
 
 def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None, up_pid: int | None = None) -> int:
@@ -54,13 +58,16 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
     machine, wanted = Machine.look(), settings.pool(pool)
     ceiling = machine.ceiling(pool, wanted, concurrency, is_declared=pool in settings.pools)
     slots, pipe = Slots(ceiling), Pipe()
-    try:
+    with ExitStack() as ended:
+        ended.callback(slots.close)
+        ended.callback(pipe.close)
         app = make_app(settings, pool=pool)
         identity = Identity(worker_name(pool, socket.gethostname(), os.getpid()), project.code_hash)
         task = StepTask()
         app.register_task(task)
         events = StepEvents(pipe, slots)
-        _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus, events=events)
+        # Celery's own set-up would write to the root logger; ours is made by the command line.
+        signals.setup_logging.connect(lambda **_: None, weak=False)
         # A connection that has died unseen is not to cost the leases.
         engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
         sizing = Sizing(wanted, ceiling, slots)
@@ -76,12 +83,22 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             guard=forking,
         )
         parts = (watch, control, monitoring)
+        if wanted.kind is PoolKind.THREADS:
+            # Shared by the threads; it waits for servers as that of a child does.
+            steps_engine = Engine(settings, app=app)
+            ended.callback(steps_engine.counters.close)
+            pool_class = threads.pool_of(slots, _thread_begins(steps_engine, task, identity, pool, slots, events))
+        else:
+            _prepare_children(app, settings, task, identity, pool=pool, slots=slots, gpus=machine.gpus, events=events)
+            pool_class = children.pool_of(slots, watch.out_of_memory)
         app.steps["worker"].add(_watch_step(parts, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         app.conf.worker_autoscaler = sizing.attach
+        # Celery kills a child that is not ready by then, and on a machine with much to do it may be slow.
+        app.conf.worker_proc_alive_timeout = _READY_S
         worker = app.Worker(
             hostname=identity.worker,
-            pool=children.pool_of(slots, watch.out_of_memory),
+            pool=pool_class,
             concurrency=ceiling,
             autoscale=(ceiling, 0),
             pool_putlocks=False,  # there is a message in work for each process at most: sizing.py sees to it
@@ -99,9 +116,6 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
             for part in parts:
                 part.stop()
         return int(worker.exitcode or 0)
-    finally:
-        pipe.close()
-        slots.close()
 
 
 def _watch_step(parts: Sequence[Watch | Monitoring | RemoteControl], slots: Slots) -> type[Any]:
@@ -138,8 +152,7 @@ def _prepare_children(
     def begin(**_: Any) -> None:
         # A step may start processes of its own, which multiprocessing would refuse in a daemon.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-        # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.
-        logging.getLogger("celery.app.trace").addFilter(lambda record: record.msg != LOG_REJECTED.strip())
+        _hush()
         engine, slot = Engine(settings, app=app), int(current_process().index)
         if gpus_each:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus_of(slot, gpus_each, gpus)
@@ -154,5 +167,20 @@ def _prepare_children(
 
     signals.worker_process_init.connect(begin, weak=False)
     signals.worker_process_shutdown.connect(lambda **_: task.runner.end(), weak=False)
-    # Celery's own set-up would write to the root logger; ours is made by the command line.
-    signals.setup_logging.connect(lambda **_: None, weak=False)
+
+
+def _thread_begins(
+    engine: Engine, task: StepTask, identity: Identity, pool: str, slots: Slots, events: StepEvents
+) -> Callable[[int], None]:
+    """Return what each thread that runs steps does first."""
+    _hush()
+
+    def begin(slot: int) -> None:
+        task.runner = StepRunner(engine, identity, pool=pool, slots=slots, slot=slot, events=events, is_thread=True)
+
+    return begin
+
+
+def _hush() -> None:
+    # A message that goes back because a server is away: `step_waits` says so, once and without a traceback.
+    logging.getLogger("celery.app.trace").addFilter(lambda record: record.msg != LOG_REJECTED.strip())

@@ -193,8 +193,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def _brpop_read(self, **options: Any) -> bool:
         """Take messages: a bell has rung, or nobody rang for a second."""
+        rung = None
         try:
-            self.client.parse_response(self.client.connection, "BRPOP", **options)
+            rung = self.client.parse_response(self.client.connection, "BRPOP", **options)
         except self.connection_errors:
             self.client.connection.disconnect()
             raise
@@ -205,6 +206,10 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             self._flush_brpop_reauth()
         deliveries = self._fetch()
         if not deliveries:
+            if rung and not (self.active_queues and self.qos.can_consume()):  # somebody else may have room for it
+                with self._command_client().pipeline(transaction=False) as pipe:
+                    ring(pipe, rung[0].decode().removesuffix(bell("")))
+                    pipe.execute()
             raise Empty
         for delivery in deliveries:
             receive = self._receivers.get(delivery.queue)
@@ -217,7 +222,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def _fetch(self) -> list[Delivery]:
         free = self.qos.can_consume_max_estimate()
         limit = _UNLIMITED if free is None else free
-        if not limit:
+        if not limit or not self.active_queues:
             return []
         try:
             deliveries = self.claims.fetch(self.active_queues, limit)
@@ -259,7 +264,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         Raises what a connection raises when it is lost, which the other one, that only waits, may notice much later.
         """
         now = time.monotonic()
-        if now < self._tend_at or not self.active_queues:
+        if now < self._tend_at or not (self.active_queues or self.qos.tags()):
             return
         self._tend_at = now + TEND_S
         try:

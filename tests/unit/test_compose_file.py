@@ -30,13 +30,7 @@ def substituted(text: str) -> str:
 
 FILE: dict[str, Any] = YAML(typ="safe", pure=True).load(substituted(TEXT))
 SERVICES: dict[str, dict[str, Any]] = FILE["services"]
-#: Whose command and settings do not exist yet.
-PENDING = {"flower"}
-ROLES = {
-    name: one
-    for name, one in SERVICES.items()
-    if one["image"].startswith("orchestrator:") and "command" in one and name not in PENDING
-}
+ROLES = {name: one for name, one in SERVICES.items() if one["image"].startswith("orchestrator:") and "command" in one}
 
 
 def test_it_is_understood_by_the_old_docker_compose_too() -> None:

@@ -207,6 +207,7 @@ def test_a_pool_says_its_limits(tmp_path: Path) -> None:
         "[pools.a]\nmin = 1\nmax = 8\nconcurrency = 4\nkind = 'prefork'\nmemory = '2GB'\ncpu = 0.5\ngpu = 1\n"
         "max_tasks_per_process = 100\nidle_after = '2m'\ntarget = {start_within = '500ms'}\n"
         "[pools.b]\nconcurrency = 3\ntarget = '1s'\n[pools.c]\nmax = 50\nkind = 'threads'\n"
+        "[pools.d]\nkind = 'threads'\n[pools.e]\nmax = 90\n"
     )
     pools = load(tmp_path, text).pools
     assert pools["a"] == PoolSettings(
@@ -214,6 +215,8 @@ def test_a_pool_says_its_limits(tmp_path: Path) -> None:
         idle_after_s=120.0, start_within_s=0.5,
     )  # fmt: skip
     assert (pools["b"].maximum, pools["b"].start_within_s, pools["b"].minimum) == (3, 1.0, 0)
-    assert (pools["c"].maximum, pools["c"].concurrency, pools["c"].kind) == (50, os.cpu_count(), PoolKind.THREADS)
+    assert (pools["d"].maximum, pools["d"].concurrency) == (16, 16)
+    assert (pools["e"].maximum, pools["e"].concurrency) == (90, os.cpu_count())
+    assert (pools["c"].maximum, pools["c"].concurrency, pools["c"].kind) == (50, 50, PoolKind.THREADS)
     assert load(tmp_path).pool("other") == PoolSettings()
     assert pools_from_json(json.loads(json.dumps(pools_to_json(pools)))) == pools
