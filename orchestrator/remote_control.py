@@ -75,12 +75,13 @@ def _note(engine: Engine, run: str, slot: str, attempt: int) -> None:
             | {"about": {"attempt": attempt}},
             now_ms(),
         )
-        worker = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0]
-        if worker and engine.ledger.state_of(run, slot) == "cancelled":
+        worker, ledger = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0], engine.ledger
+        if worker and (ledger.state_of(run, slot) == "cancelled" or ledger.child_of(run, slot)):
+            uuid = task_id_of(run, slot, attempt)
             with engine.app.events.default_dispatcher(hostname=worker, enabled=True) as dispatcher:
-                dispatcher.send(
-                    "task-revoked", uuid=task_id_of(run, slot, attempt), terminated=False, signum=None, expired=False
-                )
+                # SLEEPING and WAITING are above REVOKED in Celery's order of states; what waits for a retry never is.
+                dispatcher.send("task-retried", uuid=uuid)
+                dispatcher.send("task-revoked", uuid=uuid, terminated=False, signum=None, expired=False)
     except away as exc:
         log.warning("revoke_not_noted", run=run, step=slot, error=str(exc))
 
