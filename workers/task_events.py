@@ -176,7 +176,7 @@ class StepEvents:
     @staticmethod
     def _beginning(told: Told, pid: int) -> list[dict[str, Any]]:
         told.is_begun, since = True, round(told.since, 4)
-        received: dict[str, Any] = {"type": "task-received", "uuid": told.id, "timestamp": told.since, "pid": pid}
+        received: dict[str, Any] = {"type": "task-received", "uuid": told.id, "timestamp": since, "pid": pid}
         received |= {"name": told.name, "args": told.run, "kwargs": told.kwargs}
         if told.attempt > 1:
             received["retries"] = told.attempt - 1

@@ -198,7 +198,8 @@ class Control:
         if self._dispatches:
             self._announce()
         try:
-            self._apply(workflows, generation)
+            self._apply(workflows)
+            self._renew(generation)
             for part in self._parts:
                 part.start()
             if self._dispatches:
@@ -229,7 +230,7 @@ class Control:
                 log.warning("version_waits", error=str(exc))
                 self._stop.wait(1.0)
 
-    def _apply(self, workflows: list[Workflow], generation: str) -> None:
+    def _apply(self, workflows: list[Workflow]) -> None:
         if self._followers and not self._dispatches:
             self._await_dispatcher(workflows)
         for follower in self._followers:
@@ -240,6 +241,9 @@ class Control:
                 except OrchestratorError as exc:
                     log.warning("definitions_wait", error=str(exc))
                     self._stop.wait(1.0)
+
+    def _renew(self, generation: str) -> None:
+        """Have workers that are launched here of this generation of the code."""
         if self._autoscaler is not None:
             self._autoscaler.renew(generation)
 
@@ -268,7 +272,8 @@ class Control:
             for fault in project.faults:
                 say(f"  {fault}")
             return
-        self._apply(list(project.workflows.values()), project.code_hash)
+        self._apply(list(project.workflows.values()))
+        self._renew(project.code_hash)
         if self._up_pid is not None:
             try:
                 write_definitions(self._settings.data_dir, project)

@@ -125,7 +125,7 @@ def chromium() -> str:
     if found is None:
         why = "chromium is not installed: apt-get install chromium"
         if is_required():
-            pytest.fail(f"{why}; CI and REQUIRE_RABBITMQ do not let these tests be skipped")
+            pytest.fail(f"{why}; CI and REQUIRE_RABBITMQ let no test be skipped")
         pytest.skip(f"NOBODY LOOKED AT FLOWER'S PAGES: {why}")
     return found
 

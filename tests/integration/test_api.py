@@ -591,7 +591,7 @@ def test_every_address_that_changes_something_asks_for_more_than_read_and_is_aud
     assert len(changes) >= 8
     for method, path in changes:
         address = str(api.base_url).removesuffix("/api/v1/") + path.format(
-            run="r", step="t", workflow="w", event="e", schedule="s"
+            run="r", step="t", workflow="w", event="e", schedule="s", pool="p"
         )
         is_problem(api.request(method, address, json={}, headers=read), 403)
         before = len(api.get("/audit?limit=1000", headers=bearer(admin)).json()["items"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from orchestrator.retries import RetryPolicy
 from orchestrator.runs import task_id
 from orchestrator.settings import Settings
 from orchestrator.workflows import Step, Workflow
-from tests.conftest import WorkerProcess, command, on_servers, wait_until
+from tests.conftest import Server, WorkerProcess, command, on_servers, wait_until
 from tests.integration.conftest import TASKS, Place
 
 MORE_TASKS = '''
@@ -265,6 +266,44 @@ def test_a_revoke_is_carried_out_when_no_worker_is_up(
     finally:
         role.terminate()
         assert role.wait(timeout=20) == 0, (tmp_path / "dispatcher.log").read_text()
+
+
+def test_servers_that_were_away_are_watched_again(
+    settings: Settings, own_server: Server, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    """The worker has no process when they go. Nobody waits for events meanwhile."""
+    away = settings.evolve(broker_url=own_server.url, ledger_url=own_server.url)
+    (settings.project / "tasks.py").write_text(TASKS)
+    shop = Place(away, settings.project / "log")
+    worker = WorkerProcess(away).start()
+    monitor = MonitorProcess(away).start()
+    try:
+        wait_until(lambda: monitor.client.get("/workers?json=1").json()["data"], "it shows the worker")
+        port = own_server.url.rpartition(":")[2].partition("/")[0]
+        own_server.stop()
+        wait_until(lambda: "monitoring_waits" in worker.log.read_text(), "events are lost")
+        own_server.start()
+        assert own_server.url.rpartition(":")[2].partition("/")[0] == port
+        one = Workflow(name="w", steps=(Step(id="a", task="tasks:noop"),))
+
+        def is_shown() -> bool:
+            run = shop.run(one).id
+            return bool(wait_for_a_moment(lambda: monitor.states(run) == {"a:1": "SUCCESS"}))
+
+        wait_until(is_shown, "steps are shown again", 60)
+        wait_until(lambda: shop.engine.app.control.ping(timeout=1.0), "the worker answers again")
+    finally:
+        monitor.stop()
+        assert worker.stop() == 0
+        shop.engine.close()
+
+
+def wait_for_a_moment(predicate: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        if predicate():
+            return True
+    return False
 
 
 def test_what_does_not_fit_steps_is_refused_with_what_to_do_instead(

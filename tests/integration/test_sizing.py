@@ -4,73 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import statistics
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from orchestrator.engine import Engine
 from orchestrator.expressions import parse
 from orchestrator.ledger import keys
-from orchestrator.ledger.queries import Queries
-from orchestrator.plan import Plan
-from orchestrator.pools import STANDBY, WorkerReport
-from orchestrator.runs import Run
+from orchestrator.pools import STANDBY
 from orchestrator.settings import Settings
-from orchestrator.workflows import Step, Workflow
 from tests.conftest import Server, WorkerProcess, wait_until
+from tests.sizing import POOLS, Place, attempts, has, make, pids, stamped, step
 
-TASKS = '''
-import os, pathlib, threading, time
-
-def noop(**_):
-    return None
-
-def pid(**_):
-    return os.getpid()
-
-def began(**_):
-    return time.time()
-
-def stamp(record, name, seconds=0.0, **_):
-    """Note that this was run, in one write, and by whom."""
-    began = time.time()
-    time.sleep(seconds)
-    with open(record, "a") as file:
-        file.write(f"{name} {os.getpid()} {began} {time.time()}\\n")
-    return name
-
-def wait_for(path, mark=None, **_):
-    if mark:
-        pathlib.Path(mark).touch()
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return os.getpid()
-
-def numbers(n):
-    return list(range(n))
-
-def devices():
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-def die():
-    os.kill(os.getpid(), 9)
-
-def talk(name, seconds=0.3):
-    for _ in range(3):
-        print(name, threading.get_ident(), flush=True)
-        time.sleep(seconds / 3)
-
-def leave():
-    raise SystemExit(3)
-'''
 #: Such a module lets no process of a pool live, from when the file is there.
 FORK_KILLER = """
 import os
@@ -94,128 +45,11 @@ def w():
 """
 
 
-class Place:
-    """A server with a project; starts workers and runs, and is the autoscaler if a test wants one."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.engine = Engine(settings)
-        self.queries = Queries(self.engine.ledger, self.engine.payloads)
-        self.workers: list[WorkerProcess] = []
-        self.record = settings.project.parent / "record"
-
-    def worker(self, concurrency: int = 4, **options: Any) -> WorkerProcess:
-        made = WorkerProcess(self.settings, concurrency=concurrency, **options).start()
-        self.workers.append(made)
-        wait_until(lambda: self.report(made), "the worker reports")
-        return made
-
-    def report(self, worker: WorkerProcess) -> WorkerReport | None:
-        assert worker.process is not None
-        assert worker.process.poll() is None, worker.log.read_text()
-        return next((one for one in self.engine.pools.reports() if one.pid == worker.process.pid), None)
-
-    def told(self, worker: WorkerProcess) -> WorkerReport:
-        found = self.report(worker)
-        assert found is not None
-        return found
-
-    def target(self, *targets: tuple[WorkerProcess, int]) -> None:
-        """Lead as an autoscaler does, and tell workers how many processes they are to have."""
-        self.engine.ledger.client.set(keys.leader_key("autoscaler"), "a test")
-        names = {self.told(worker).worker: size for worker, size in targets}
-        self.engine.pools.decide([], names)
-
-    def tell(self, *targets: tuple[WorkerProcess, int]) -> None:
-        """Tell workers their targets and wait until they know: they were told with their next report."""
-        self.target(*targets)
-        for worker, _ in targets:
-            self.let_report(worker)
-
-    def let_report(self, worker: WorkerProcess, seconds: float = 0.0) -> None:
-        """Wait until a worker has reported again, has done what it was told then, and so much time has passed."""
-        for least_ms in (0, 0, int(seconds * 1000)):
-            before = self.told(worker).seen_ms
-            wait_until(lambda b=before, ms=least_ms: self.told(worker).seen_ms > b + ms, "the worker reports")
-
-    def start(self, *steps: Step) -> str:
-        plan = Plan.of(Workflow(name="w", steps=steps))
-        self.engine.ledger.put_plan(plan)
-        run = uuid.uuid4().hex
-        event = {"specversion": "1.0", "id": "e", "source": "t", "type": "t", "data": None}
-        assert self.engine.start(run, plan, event=event, params={})
-        return run
-
-    def end(self, run: str, timeout_s: float = 60.0) -> Run:
-        wait_until(lambda: self.queries.run(run, with_steps=False).state.is_end, f"run {run} ends", timeout_s)
-        found = self.queries.run(run)
-        assert str(found.state) == "succeeded", found
-        return found
-
-    def run(self, *steps: Step) -> Run:
-        return self.end(self.start(*steps))
-
-    def stamps(self) -> list[tuple[str, int]]:
-        """Return (name, pid) of each step that was run, in their order."""
-        if not self.record.exists():
-            return []
-        rows = [line.split() for line in self.record.read_text().splitlines()]
-        return [(row[0], int(row[1])) for row in rows]
-
-    def close(self) -> None:
-        for worker in self.workers:
-            assert worker.process is not None
-            if worker.process.poll() is None:
-                assert worker.stop() == 0, worker.log.read_text()
-        self.engine.close()
-
-
-POOLS = "[pools.default]\nmax = 4\nconcurrency = 4\nidle_after = '1s'\n"
-
-
-def make(settings: Settings, pools: str = POOLS, **files: str) -> Place:
-    (settings.project / "tasks.py").write_text(TASKS)
-    for name, text in files.items():
-        (settings.project / f"{name}.py").write_text(text)
-    (settings.project / "orchestrator.toml").write_text(pools)
-    loaded = Settings.load(
-        settings.project, environ={}, data_dir=settings.data_dir, broker_url=settings.broker_url,
-        ledger_url=settings.ledger_url,
-    )  # fmt: skip
-    return Place(loaded)
-
-
 @pytest.fixture
 def place(settings: Settings) -> Iterator[Place]:
     made = make(settings)
     yield made
     made.close()
-
-
-def step(step_id: str, task: str, *needs: str, **options: Any) -> Step:
-    given = {
-        name: parse(value) if isinstance(value, str) else value for name, value in options.pop("with_", {}).items()
-    }
-    return Step(id=step_id, task=f"tasks:{task}", with_=given, needs=needs, **options)
-
-
-def stamped(place: Place, step_id: str, *needs: str, seconds: float = 0.0, **options: Any) -> Step:
-    return step(
-        step_id, "stamp", *needs, with_={"record": str(place.record), "name": step_id, "seconds": seconds}, **options
-    )
-
-
-def pids(worker: WorkerProcess) -> list[int]:
-    assert worker.process is not None
-    return [child.pid for child in psutil.Process(worker.process.pid).children()]
-
-
-def has(worker: WorkerProcess, count: int) -> Callable[[], bool]:
-    return lambda: len(pids(worker)) == count
-
-
-def attempts(run: Run) -> dict[str, tuple[int, int]]:
-    return {one.id: (one.attempts, one.losses) for one in run.steps}
 
 
 # On demand -----------------------------------------------------------------------------------------------------------
@@ -326,7 +160,7 @@ def test_links_further_on_in_a_chain_are_left_to_others_and_each_is_run_once(pla
     run = place.start(*chain)
     wait_until((tmp_path / "begun").exists, "the first link has begun")
     (child,) = pids(first)
-    place.tell((first, 0), (second, 1))
+    place.tell((first, STANDBY), (second, 1))  # with 0 it may be woken by what its own child leaves
     assert pids(first) == [child]
     (tmp_path / "go").touch()
     assert set(attempts(place.end(run)).values()) == {(1, 0)}
@@ -455,8 +289,8 @@ def test_steps_that_kill_their_process_do_not_end_the_worker(place: Place) -> No
 
 def test_a_worker_that_is_told_to_stop_says_so_finishes_and_withdraws(place: Place, tmp_path: Path) -> None:
     worker = place.worker()
-    run = place.start(step("a", "wait_for", with_={"path": str(tmp_path / "go")}))
-    wait_until(lambda: place.told(worker).in_work, "it is at work")
+    run = place.start(step("a", "wait_for", with_={"path": str(tmp_path / "go"), "mark": str(tmp_path / "begun")}))
+    wait_until((tmp_path / "begun").exists, "it is at work")
     assert worker.process is not None
     worker.process.terminate()
     wait_until(lambda: place.told(worker).is_draining, "it says that it drains")
@@ -553,11 +387,10 @@ def test_a_fault_in_one_thread_does_not_end_the_others(threads: Place, tmp_path:
 
 def test_threads_that_are_told_to_stop_finish_what_they_have(threads: Place, tmp_path: Path) -> None:
     worker = threads.worker(20)
-    runs = [
-        threads.start(step("a", "wait_for", with_={"path": str(tmp_path / "go")}), stamped(threads, "b", "a"))
-        for _ in range(5)
-    ]
-    wait_until(lambda: len(threads.told(worker).in_work) == 5, "they are at work")
+    marks = [tmp_path / f"begun-{n}" for n in range(5)]
+    given = [{"path": str(tmp_path / "go"), "mark": str(mark)} for mark in marks]
+    runs = [threads.start(step("a", "wait_for", with_=one), stamped(threads, "b", "a")) for one in given]
+    wait_until(lambda: all(mark.exists() for mark in marks), "they are at work")
     assert worker.process is not None
     worker.process.terminate()
     wait_until(lambda: threads.told(worker).is_draining, "it says that it drains")
@@ -583,3 +416,54 @@ def test_threads_follow_targets_and_stand_by(threads: Place, tmp_path: Path) -> 
     threads.target((worker, 5))
     for run in runs:
         threads.end(run)
+
+
+# All at once ---------------------------------------------------------------------------------------------------------
+
+#: A worker that hears of its target many times a second, and believes it.
+HASTY = """
+import workers.reporting, workers.sizing, workers.watch
+workers.reporting.REPORT_S = workers.watch.PERIOD_S = 0.05
+workers.sizing.WOKEN_S = 0.2
+from orchestrator import task, workflow
+
+@task
+def one():
+    return 1
+
+@workflow
+def w():
+    return one()
+"""
+
+
+def test_each_of_two_thousand_steps_is_run_once_while_processes_come_and_go(settings: Settings) -> None:
+    place = make(settings, flows=HASTY)
+    workers = [place.worker(), place.worker()]
+    chains = [[stamped(place, f"c{c}_{n}", *[f"c{c}_{n - 1}"][:n]) for n in range(10)] for c in range(100)]
+    given = {"record": str(place.record), "name": "{{ 'f%s_%s' % (run.id, item) }}"}
+    fan_out = [step("a", "numbers", with_={"n": 40}), step("b", "stamp", foreach=parse("{{ a }}"), with_=given)]
+    runs = [
+        place.start(*steps) for steps in (*chains, *[fan_out] * 20, *[[stamped(place, f"x{n}")] for n in range(200)])
+    ]
+    chance = random.Random(6)
+    sizes: Counter[int] = Counter()
+    left = set(runs)
+
+    def look() -> bool:
+        place.target(*[(worker, chance.choice((STANDBY, 0, 0, 1, 2, 3, 4))) for worker in workers])
+        sizes[sum(len(pids(worker)) for worker in workers)] += 1
+        left.difference_update([r for r in sorted(left)[:50] if place.queries.run(r, with_steps=False).state.is_end])
+        time.sleep(0.1)
+        return not left
+
+    wait_until(look, "all runs end", 240)
+    counts = Counter(name for name, _ in place.stamps())
+    assert (len(counts), set(counts.values())) == (2000, {1})
+    for run in runs:
+        assert set(attempts(place.end(run)).values()) == {(1, 0)}
+    assert len(sizes) > 3, sizes
+    for worker in workers:
+        for trouble in ("child_lost", "process_failed_to_start", "Timed out waiting", "step_was_taken_over"):
+            assert trouble not in worker.log.read_text()
+    place.close()
