@@ -78,14 +78,17 @@ def _note(engine: Engine, run: str, slot: str, attempt: int) -> None:
             | {"about": {"attempt": attempt}},
             now_ms(),
         )
-        worker = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0]
-        if worker and engine.ledger.state_of(run, slot) == "cancelled":
-            about = {"uuid": task_id_of(run, slot, attempt), "terminated": False, "signum": None, "expired": False}
+        worker, ledger = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0], engine.ledger
+        if worker and (ledger.state_of(run, slot) == "cancelled" or ledger.child_of(run, slot)):
+            uuid = task_id_of(run, slot, attempt)
+            about = {"uuid": uuid, "terminated": False, "signum": None, "expired": False}
             with publishing(engine.app) as producer:
                 tell = engine.app.events.Dispatcher
                 with tell(
                     producer.connection, hostname=worker, channel=producer.channel, buffer_while_offline=False
                 ) as dispatcher:
+                    # SLEEPING and WAITING are above REVOKED in Celery's order of states; what waits for a retry is not.
+                    dispatcher.publish("task-retried", {"uuid": uuid}, producer)
                     dispatcher.publish("task-revoked", about, producer)
     except away as exc:
         log.warning("revoke_not_noted", run=run, step=slot, error=str(exc))
