@@ -87,7 +87,7 @@ def _note(engine: Engine, run: str, slot: str, attempt: int) -> None:
                 with tell(
                     producer.connection, hostname=worker, channel=producer.channel, buffer_while_offline=False
                 ) as dispatcher:
-                    # SLEEPING and WAITING are above REVOKED in Celery's order of states; what waits for a retry is not.
+                    # SLEEPING and WAITING are above REVOKED in the order of states of Celery; RETRY is not.
                     dispatcher.publish("task-retried", {"uuid": uuid}, producer)
                     dispatcher.publish("task-revoked", about, producer)
     except away as exc:
