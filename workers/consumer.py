@@ -38,8 +38,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         super().__init__(*args, **kwargs)
         self._ledger = ledger
         self._outage = Outage(log, "consumer")
-        #: Whether it takes no messages for now.
-        self.is_standing_by = False
+        #: Whether it takes no messages for now: so it begins (sizing.py).
+        self.is_standing_by = True
         # Celery's own lines about it: one for each try, and one for each message in work, which then comes again.
         logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)
         logging.getLogger("celery.worker.request").addFilter(_is_news)

@@ -1,4 +1,8 @@
-"""Reporting: once a second a worker says how it is, and is told its target."""
+"""Reporting: once a second a worker says how it is, and is told its target.
+
+Until an autoscaler that leads has told a new worker its target, it stands by: others may have all that the pool, or the
+machine, has.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ log = get_logger(__name__)
 
 #: How often a worker reports; what the autoscaler should know at once goes with the watch's next look.
 REPORT_S = 1.0
+#: An autoscaler that tells a worker nothing for so long is in no state to: the worker goes by what it sees itself.
+_UNTOLD_S = 5.0
 
 
 class Reporting:
@@ -39,6 +45,7 @@ class Reporting:
         self._version = _version()
         self._started_ms = now_ms()
         self._report_at = 0.0
+        self._untold_since: float | None = None
 
     def turn(self, now: float) -> None:
         """Report if it is time to. Raises UnavailableError; the worker then goes by its last target."""
@@ -46,7 +53,22 @@ class Reporting:
             return
         self._report_at = now + REPORT_S
         self._sizing.has_news = False
-        self._sizing.target, self._slots.is_monitored = self._engine.pools.report(self._report())
+        target, is_led, self._slots.is_monitored = self._engine.pools.report(self._report())
+        if is_led and target is None:
+            target = self._until_told(now)
+        else:
+            self._untold_since = None
+        self._sizing.target = target
+
+    def _until_told(self, now: float) -> int | None:
+        """Have the autoscaler look at once, and ask again; meanwhile all stays as it is (a new worker stands by)."""
+        if self._untold_since is None:
+            self._untold_since = now
+            self._engine.pools.ring([self._pool])
+        if now - self._untold_since > _UNTOLD_S:
+            return None
+        self._report_at = now
+        return self._sizing.target
 
     def end(self) -> None:
         """Take the worker off the list; it ends."""

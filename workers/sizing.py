@@ -79,8 +79,8 @@ class Sizing:
 
     def __init__(self, pool: PoolSettings, ceiling: int, slots: Slots) -> None:
         self.ceiling = ceiling
-        #: Set by the watch: the autoscaler's word, None while there is none.
-        self.target: int | None = None
+        #: Set by the watch: the autoscaler's word, None while there is none. Nothing is taken before the first report.
+        self.target: int | None = STANDBY
         #: For the watch: processes that there are, and how many messages of theirs have not begun.
         self.size = 0
         self.unbegun = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
@@ -25,6 +25,14 @@ _MOST_RINGS = 256
 MONITORED_MS = 15_000
 
 
+class Told(NamedTuple):
+    """What a worker that reports is told. `target`: None if it was given none, or no autoscaler leads."""
+
+    target: int | None
+    is_led: bool
+    is_monitored: bool
+
+
 class PoolRecords:
     """The verbs on them."""
 
@@ -34,15 +42,15 @@ class PoolRecords:
 
     # Workers
 
-    def report(self, report: WorkerReport) -> tuple[int | None, bool]:
-        """Say how a worker is; answers its target, None while no autoscaler leads, and whether somebody monitors."""
+    def report(self, report: WorkerReport) -> Told:
+        """Say how a worker is."""
         with self._client.pipeline(transaction=False) as pipe:
             pipe.hset(keys.WORKERS, report.worker, json.dumps(report.to_json()))
             pipe.exists(keys.leader_key("autoscaler"))
             pipe.hget(keys.TARGETS, report.worker)
             pipe.exists(keys.MONITORED)
             _, is_led, target, is_monitored = self._ledger.guard(pipe.execute)
-        return int(target) if is_led and target is not None else None, bool(is_monitored)
+        return Told(int(target) if is_led and target is not None else None, bool(is_led), bool(is_monitored))
 
     def withdraw(self, workers: Iterable[str]) -> None:
         """Forget workers that are gone; idempotent."""

@@ -13,21 +13,21 @@ from orchestrator.pools import PoolState, WorkerReport
 
 def test_a_worker_that_reports_is_told_its_target_only_while_an_autoscaler_leads(engine: Engine) -> None:
     pools, report = engine.pools, WorkerReport(worker="w1", pool="default", in_work=[1.5], served=[1, 2])
-    assert pools.report(report) == (None, False)
+    assert pools.report(report) == (None, False, False)
     pools.decide([PoolState(pool="default", desired=3)], {"w1": 3})
-    assert pools.report(report) == (None, False)
+    assert pools.report(report) == (None, False, False)
     engine.ledger.lead("autoscaler", "me")
-    assert pools.report(report) == (3, False)
+    assert pools.report(report) == (3, True, False)
     assert pools.reports() == [report]
     assert pools.states()["default"].desired == 3
     pools.withdraw(["w1"])
     assert pools.reports() == []
-    assert pools.report(report) == (None, False)
+    assert pools.report(report) == (None, True, False)
 
 
 def test_who_monitors_is_told_to_workers(engine: Engine) -> None:
     engine.pools.monitor()
-    assert engine.pools.report(WorkerReport(worker="w", pool="p"))[1]
+    assert engine.pools.report(WorkerReport(worker="w", pool="p")).is_monitored
 
 
 def test_who_waits_is_woken_for_all_pools_that_were_rung_for(engine: Engine) -> None:

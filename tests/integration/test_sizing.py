@@ -219,6 +219,23 @@ def test_standing_by_outlives_a_broker_that_comes_back(place: Place, own_server:
     wait_until(has(worker, 2), "there are two")
 
 
+def test_a_new_worker_takes_nothing_before_the_autoscaler_that_leads_has_told_it_to(place: Place) -> None:
+    place.engine.ledger.client.set(keys.leader_key("autoscaler"), "a test")
+    run = place.start(step("a", "pid"))
+    worker = place.worker()
+    place.let_report(worker, 1.0)
+    assert (pids(worker), place.told(worker).size) == ([], 0)
+    assert place.engine.pools.wait(0.1), "it has rung for it"
+    place.target((worker, 1))
+    place.end(run)
+
+
+def test_an_autoscaler_that_leads_and_says_nothing_does_not_keep_a_worker_from_its_work(place: Place) -> None:
+    place.engine.ledger.client.set(keys.leader_key("autoscaler"), "a test")
+    place.worker()
+    place.run(step("a", "pid"))
+
+
 # Ends ----------------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +418,7 @@ def test_threads_that_are_told_to_stop_finish_what_they_have(threads: Place, tmp
     for run in runs:
         assert set(attempts(threads.end(run)).values()) == {(1, 0)}
     assert len(threads.stamps()) == 5
-    assert sum(threads.told(second).served) >= 5
+    wait_until(lambda: sum(threads.told(second).served) >= 5, "it has served them")
 
 
 def test_threads_follow_targets_and_stand_by(threads: Place, tmp_path: Path) -> None:
