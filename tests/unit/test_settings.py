@@ -192,7 +192,9 @@ def test_secrets_are_read_by_reference(tmp_path: Path, monkeypatch: pytest.Monke
             read_secret(f"file:{path}")
 
 
-@pytest.mark.parametrize("text", ["", "ann", "ann:", ":secret", "ann:s\u00e9cret", "ann:secret\nbob:secret", "ann:a\tb"])
+@pytest.mark.parametrize(
+    "text", ["", "ann", "ann:", ":secret", "ann:s\u00e9cret", "ann:secret\nbob:secret", "ann:a\tb"]
+)
 def test_a_password_that_nobody_could_give_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
