@@ -183,7 +183,7 @@ class Autoscaler(LeadingService):
         for pool, body in self._engine.pools.memories().items():
             try:
                 memories[pool] = rule.Memory.from_json(body)
-            except (KeyError, TypeError, ValueError):  # another version's
+            except (AttributeError, KeyError, TypeError, ValueError):  # another version's
                 log.info("memory_not_understood", pool=pool)
         self._memories = memories
         self._seen_at = 0.0

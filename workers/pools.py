@@ -125,7 +125,9 @@ class Memory:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Memory:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote. Raises what it may if it is another version's."""
+        if len(body["durations"]) != len(_DURATIONS):
+            raise ValueError("durations: other buckets")
         return cls(
             **{
                 **body,

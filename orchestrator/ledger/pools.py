@@ -7,12 +7,17 @@ Raises UnavailableError.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from orchestrator.ledger import keys
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.pools import AUTOSCALER_GONE_MS, PoolState, WorkerReport
+from orchestrator.telemetry import get_logger
+
+log = get_logger(__name__)
+
+_Record = TypeVar("_Record")
 
 #: So many wake-ups are kept for an autoscaler that is away; it looks at every pool when it comes.
 _MOST_RINGS = 256
@@ -51,7 +56,7 @@ class PoolRecords:
     def reports(self) -> list[WorkerReport]:
         """Return the last report of each worker, by name; some may be of workers that are gone."""
         rows = self._ledger.guard(lambda: self._client.hgetall(keys.WORKERS))
-        return [WorkerReport.from_json(json.loads(rows[worker])) for worker in sorted(rows)]
+        return list(_read(WorkerReport.from_json, rows).values())
 
     # The autoscaler
 
@@ -81,8 +86,7 @@ class PoolRecords:
 
     def states(self) -> dict[str, PoolState]:
         """Return what the autoscaler said last of each pool; it may be gone (`at_ms` tells)."""
-        rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOLS))
-        return {pool: PoolState.from_json(json.loads(rows[pool])) for pool in sorted(rows)}
+        return _read(PoolState.from_json, self._ledger.guard(lambda: self._client.hgetall(keys.POOLS)))
 
     def current_states(self) -> dict[str, PoolState] | None:
         """Return what the autoscaler says of each pool; None if nothing was heard of it for AUTOSCALER_GONE_MS."""
@@ -90,7 +94,7 @@ class PoolRecords:
             pipe.hgetall(keys.POOLS)
             pipe.time()
             rows, (seconds, micros) = self._ledger.guard(pipe.execute)
-        states = {pool: PoolState.from_json(json.loads(rows[pool])) for pool in sorted(rows)}
+        states = _read(PoolState.from_json, rows)
         latest = max((state.at_ms for state in states.values()), default=0)
         return states if seconds * 1000 + micros // 1000 - latest < AUTOSCALER_GONE_MS else None
 
@@ -101,8 +105,7 @@ class PoolRecords:
 
     def memories(self) -> dict[str, Any]:
         """Return what the autoscaler remembers of each pool."""
-        rows = self._ledger.guard(lambda: self._client.hgetall(keys.POOL_MEMORIES))
-        return {pool: json.loads(text) for pool, text in rows.items()}
+        return _read(dict, self._ledger.guard(lambda: self._client.hgetall(keys.POOL_MEMORIES)))
 
     def pin(self, pool: str, size: int | None) -> None:
         """Set the size of a pool by hand; None lets the autoscaler decide again. Idempotent."""
@@ -156,3 +159,14 @@ class PoolRecords:
     def monitor(self) -> None:
         """Say that somebody monitors: for MONITORED_MS workers send events of what they do."""
         self._ledger.guard(lambda: self._client.set(keys.MONITORED, "1", px=MONITORED_MS))
+
+
+def _read(read: Callable[[Any], _Record], rows: Mapping[str, str]) -> dict[str, _Record]:
+    """Read rows, by name. One that cannot be read, which another version has left, is no reason to see nothing."""
+    found = {}
+    for name in sorted(rows):
+        try:
+            found[name] = read(json.loads(rows[name]))
+        except (AttributeError, TypeError, ValueError) as exc:
+            log.info("row_not_understood", row=name, error=f"{type(exc).__name__}: {exc}")
+    return found

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
 from orchestrator.engine import Engine
+from orchestrator.ledger import keys
 from orchestrator.pools import PoolState, WorkerReport
 
 
@@ -46,3 +51,17 @@ def test_faults_are_kept_by_place(engine: Engine) -> None:
     engine.pools.note_fault("a", "here", "")
     engine.pools.note_fault("a", "here", "")
     assert engine.pools.faults() == {"a": ["exit code 2"]}
+
+
+@pytest.mark.parametrize("row", ["{", "[]", "3", json.dumps({"seen_ms": 3})])
+def test_what_another_version_has_left_does_not_hide_the_rest(engine: Engine, row: str) -> None:
+    pools = engine.pools
+    for key in (keys.WORKERS, keys.POOLS, keys.POOL_MEMORIES):
+        engine.ledger.client.hset(key, "old", row)
+    report = WorkerReport(worker="w", pool="p", in_work=[1.5], served=[1, 2])
+    state = PoolState(pool="p", leave=["w"], faults=[])
+    pools.report(report)
+    engine.ledger.client.hset(keys.POOLS, "p", json.dumps(state.to_json()))
+    assert pools.reports() == [report]
+    assert pools.states() == {"p": state}
+    assert all(isinstance(memory, dict) for memory in pools.memories().values())

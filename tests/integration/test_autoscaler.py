@@ -23,6 +23,7 @@ from workers import autoscaler as module
 from workers.autoscaler import Autoscaler
 from workers.launchers import Launched, Launcher
 from workers.launchers.none import NoLauncher
+from workers.pools import Memory
 
 
 class Asked(Launcher):
@@ -312,8 +313,18 @@ def test_one_that_leads_no_longer_has_its_own_workers_drain(
     assert set(launcher.counts.values()) == {0}
 
 
-def test_what_an_earlier_version_remembered_is_left(engine: Engine, scaler: Autoscaler) -> None:
-    engine.ledger.client.hset(keys.POOL_MEMORIES, "p", json.dumps({"something": "else"}))
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"something": "else"},
+        Memory().to_json() | {"durations": [1.0]},
+        Memory().to_json() | {"served": []},
+    ],
+)
+def test_what_an_earlier_version_remembered_is_left(
+    engine: Engine, scaler: Autoscaler, left: dict[str, object]
+) -> None:
+    engine.ledger.client.hset(keys.POOL_MEMORIES, "p", json.dumps(left))
     with capture_logs() as logs:
         assert scaler.round()
     assert "memory_not_understood" in [entry["event"] for entry in logs]
