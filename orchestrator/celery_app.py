@@ -108,6 +108,8 @@ def make_app(settings: Settings, *, pool: str | None = None) -> Celery:
         task_send_sent_event=False,
         # What a process takes in advance waits behind its long step while others are idle.
         worker_prefetch_multiplier=1,
+        # It is killed then. On a machine that has much else to do a process may take long to say that it is there.
+        worker_proc_alive_timeout=60.0,
         worker_send_task_events=False,
         worker_enable_remote_control=False,
         worker_hijack_root_logger=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,25 @@ class Machine:
         SettingsError, which says what there is too little of, if there is no room for one.
         """
         asked = min(concurrency or pool.concurrency, pool.maximum) if is_declared or not concurrency else concurrency
-        bounds = [(asked, "")]
+        room, what = min([(asked, ""), *self._bounds(pool)], key=lambda bound: bound[0])
+        if room < 1:
+            raise SettingsError(
+                f"pool {name}: {what}; start its workers on a larger machine, or lower {what.partition(':')[0]} in "
+                f"[pools.{name}]"
+            )
+        return room
+
+    def workers(self, pool: PoolSettings) -> int:
+        """Return for how many workers of a pool there is room; one at least, which can say what there is too little of.
+
+        More of them would have no process.
+        """
+        room = min((room for room, _ in self._bounds(pool)), default=None)
+        return sys.maxsize if room is None else max(1, math.ceil(room / min(pool.concurrency, pool.maximum)))
+
+    def _bounds(self, pool: PoolSettings) -> list[tuple[int, str]]:
+        """Return for how many processes of a pool there is enough of each thing, and what there is too little of."""
+        bounds = []
         if pool.memory:
             has, wants = f"{size_text(self.memory // 10**6 * 10**6)} of memory", size_text(pool.memory)
             bounds.append(
@@ -61,13 +80,7 @@ class Machine:
             bounds.append(
                 (len(self.gpus) // pool.gpu, f"gpu: each process wants {pool.gpu} GPU{s}, and this machine has {has}")
             )
-        room, what = min(bounds, key=lambda bound: bound[0])
-        if room < 1:
-            raise SettingsError(
-                f"pool {name}: {what}; start its workers on a larger machine, or lower {what.partition(':')[0]} in "
-                f"[pools.{name}]"
-            )
-        return room
+        return bounds
 
 
 def gpus_of(slot: int, count: int, gpus: tuple[str, ...]) -> str:

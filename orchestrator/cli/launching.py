@@ -11,6 +11,7 @@ from orchestrator.settings import Settings
 from workers.launchers import Launcher
 from workers.launchers.none import NoLauncher
 from workers.launchers.process import ProcessLauncher
+from workers.machine import Machine
 
 LAUNCHERS = ("none", "process")
 
@@ -23,10 +24,13 @@ def part_command(settings: Settings, *arguments: str) -> list[str]:
 
 def process_launcher(settings: Settings) -> ProcessLauncher:
     """Return the launcher that has workers as processes of this machine, and parts of this process."""
+    machine = Machine.look()
+
     return ProcessLauncher(
         lambda pool, words: part_command(settings, "worker", "--pool", pool, "--words-fd", str(words)),
         grace_s=settings.grace_s,
         say=say,
+        most=lambda pool: machine.workers(settings.pool(pool)),
     )
 
 

@@ -192,6 +192,34 @@ def test_a_worker_that_dies_at_start_is_tried_again_ever_more_rarely_and_says_wh
     assert phases(process) == {"running": 1}
 
 
+def test_what_the_system_has_no_room_to_start_is_a_fault_and_tried_again(tmp_path: Path, said: list[str]) -> None:
+    program = tmp_path / "python"
+    launcher = ProcessLauncher(
+        lambda pool, words: [str(program), "-c", WORKER, pool, str(words), str(tmp_path)], grace_s=1, say=said.append
+    )
+    launcher.scale("p", 2)
+    launcher.look()
+    assert phases(launcher) == {"failed": 1}
+    [fault] = {one.fault for one in launcher.look()}
+    assert fault == "worker p cannot be started (No such file or directory)"
+    program.symlink_to(sys.executable)
+    wait_until(lambda: launcher.look() and began(tmp_path), "it lives")
+    launcher.kill()
+
+
+def test_no_more_are_started_than_the_machine_has_room_for(tmp_path: Path, said: list[str]) -> None:
+    launcher = ProcessLauncher(
+        lambda pool, words: [sys.executable, "-c", WORKER, pool, str(words), str(tmp_path)],
+        grace_s=1,
+        say=said.append,
+        most=lambda pool: 1 if pool == "p" else 2,
+    )
+    launcher.scale("p", 50)
+    launcher.scale("q", 50)
+    assert (sum(phases(launcher).values()), sum(phases(launcher, "q").values())) == (1, 2)
+    launcher.kill()
+
+
 def test_one_that_fails_does_not_keep_a_pool_from_going(process: ProcessLauncher, tmp_path: Path) -> None:
     (tmp_path / "p.broken").touch()
     process.scale("p", 1)

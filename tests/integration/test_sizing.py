@@ -295,6 +295,19 @@ def test_processes_that_die_at_their_start_are_a_fault_that_is_tried_again_ever_
     place.close()
 
 
+def test_a_process_that_takes_long_to_start_is_given_time_to(place: Place) -> None:
+    worker = place.worker()
+    assert worker.process is not None
+    run = place.start(step("a", "pid"))
+    wait_until(has(worker, 1), "it starts")
+    [child] = pids(worker)
+    os.kill(child, signal.SIGSTOP)
+    place.let_report(worker, 6.0)
+    assert pids(worker) == [child]
+    os.kill(child, signal.SIGCONT)
+    assert place.end(run).output == child
+
+
 def test_steps_that_kill_their_process_do_not_end_the_worker(place: Place) -> None:
     worker = place.worker()
     run = place.start(step("a", "die"))

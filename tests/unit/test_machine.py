@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,22 @@ def test_without_a_word_the_driver_tells_the_gpus(tmp_path: Path) -> None:
 
 def test_no_two_processes_are_given_the_same_gpu() -> None:
     assert [gpus_of(slot, 2, ("4", "5", "6", "7")) for slot in range(2)] == ["4,5", "6,7"]
+
+
+SMALL = Machine(cores=4.0, memory=10 * GB, memory_available=10 * GB, gpus=("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers"),
+    [
+        ({}, sys.maxsize),
+        ({"memory": GB, "concurrency": 4}, 3),
+        ({"memory": GB, "concurrency": 64}, 1),
+        ({"memory": 6 * GB, "concurrency": 4}, 1),
+        ({"memory": GB, "cpu": 1.0, "concurrency": 2}, 2),
+        ({"gpu": 1, "concurrency": 1}, 2),
+        ({"gpu": 3, "concurrency": 1}, 1),
+    ],
+)
+def test_a_machine_has_room_for_as_many_workers_as_can_have_a_process(settings: dict[str, Any], workers: int) -> None:
+    assert SMALL.workers(PoolSettings(maximum=100, **settings)) == workers

@@ -71,24 +71,35 @@ class Part:
 
     def tend(self, now: float) -> str:
         """Start it again if it has died, after a pause; answers in one line how it ended when that is news."""
-        assert self.process is not None
         if self.is_alive:
             if now - self.started > STEADY_S:
                 self.backoff_s = _BACKOFF_S[0]
                 self.fault = ""
             return ""
         if self.start_at:
-            if now >= self.start_at:
-                self.start_at = 0.0
-                self.start()
-            return ""
+            return self.try_start(now) if now >= self.start_at else ""
+        assert self.process is not None
         how = f"{self.name} ended ({describe_exit(self.process.returncode)})"
         if now - self.started <= STEADY_S:
             words = last_words(self.words)
             self.fault = f"{how}: {words}" if words else how
+        self._pause(now)
+        return how
+
+    def try_start(self, now: float) -> str:
+        """Start it; where the system has no room for it, later, and answers so in one line."""
+        self.start_at = 0.0
+        try:
+            self.start()
+        except OSError as exc:
+            self.fault = f"{self.name} cannot be started ({exc.strerror or exc})"
+            self._pause(now)
+            return self.fault
+        return ""
+
+    def _pause(self, now: float) -> None:
         self.start_at = now + self.backoff_s
         self.backoff_s = min(self.backoff_s * 2, _BACKOFF_S[1])
-        return how
 
     def reap(self) -> None:
         """Kill it, if it is still there, and let go of what is open for it."""

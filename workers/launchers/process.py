@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,16 +25,23 @@ class ProcessLauncher(Launcher):
     """Has workers of the current *generation* of the user's code; those of an earlier one drain when it changes.
 
     `command` answers the command that runs a worker of a pool, which writes why it ends to the file with a number.
-    `say` is told in one line what happens. Not safe to share between threads.
+    `most` answers how many workers of a pool the machine has room for. `say` is told in one line what happens.
+    Not safe to share between threads.
     """
 
     def __init__(
-        self, command: Callable[[str, int], Sequence[str]], *, grace_s: float, say: Callable[[str], None]
+        self,
+        command: Callable[[str, int], Sequence[str]],
+        *,
+        grace_s: float,
+        say: Callable[[str], None],
+        most: Callable[[str], int] = lambda _: sys.maxsize,
     ) -> None:
         self.place = f"process@{socket.gethostname()}"
         self._command = command
         self._grace_s = grace_s
         self._say = say
+        self._most = most
         self._generation = ""
         self._wanted: dict[str, int] = {}
         self._workers: list[_Worker] = []
@@ -50,13 +58,12 @@ class ProcessLauncher(Launcher):
                 self.scale(pool, count)
 
     def scale(self, pool: str, count: int, leave: Sequence[str] = ()) -> None:
-        self._wanted[pool] = count
+        count = self._wanted[pool] = min(count, self._most(pool))
         there = [one for one in self._workers if one.pool == pool and not one.part.is_draining]
         current = [one for one in there if one.generation == self._generation]
         # More of those that die at once would be of no use.
-        if not any(one.part.fault for one in current):
-            for _ in range(count - len(current)):
-                self._start(pool)
+        while len(current) < count and not any(one.part.fault for one in current):
+            current.append(self._start(pool))
         # Of those that nobody has named the youngest go: they are the least likely to have something.
         current.sort(key=lambda one: (_name(one) in leave, one.part.started), reverse=True)
         too_many = current[: max(0, len(current) - count)]
@@ -99,11 +106,15 @@ class ProcessLauncher(Launcher):
             one.part.reap()
         self._workers.clear()
 
-    def _start(self, pool: str) -> None:
+    def _start(self, pool: str) -> _Worker:
         words = make_words()
         part = Part(f"worker {pool}", self._command(pool, words.fileno()), words=words)
-        self._workers.append(_Worker(part, pool, self._generation))
-        part.start()
+        made = _Worker(part, pool, self._generation)
+        self._workers.append(made)
+        fault = part.try_start(time.monotonic())
+        if fault:
+            self._say(f"{fault}; it is tried again")
+        return made
 
     def _launched(self, one: _Worker, now: float) -> Launched:
         part = one.part
