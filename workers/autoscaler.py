@@ -149,6 +149,7 @@ class Autoscaler(LeadingService):
             {pool: decision.desired for pool, decision in decisions.items()},
             {pool: sight.settings for pool, sight in sights.items()},
             workers,
+            needed={pool: min(decision.needed, decision.desired) for pool, decision in decisions.items()},
             before=self._targets,
             pinned=pins,
         )
@@ -242,7 +243,8 @@ class Autoscaler(LeadingService):
         before = self._states.get(sight.pool)
         if sight.waiting is None:
             desired = sight.settings.minimum if before is None else before.desired
-            return rule.Decision(desired=desired, why="as before: the broker is away, and what waits is not known")
+            why = "as before: the broker is away, and what waits is not known"
+            return rule.Decision(desired=desired, needed=desired, why=why)
         seen = rule.Observation.of(
             sight.workers,
             now_s=sight.now_ms / 1000,
@@ -255,9 +257,8 @@ class Autoscaler(LeadingService):
         is_by_hand = sight.pinned is not None or (before is not None and before.pinned is not None)
         if is_settled or is_by_hand or before is None or before.desired <= decision.desired:
             return decision
-        return replace(
-            decision, desired=before.desired, why=f"as before, until all workers had time to report; {decision.why}"
-        )
+        why = f"as before, until all workers had time to report; {decision.why}"
+        return replace(decision, desired=before.desired, needed=before.desired, why=why)
 
     def _state(self, sight: _Sight, decision: rule.Decision, allocation: rule.Allocation, now: float) -> PoolState:
         before, waiting = self._states.get(sight.pool), sight.waiting

@@ -144,6 +144,8 @@ class Decision:
 
     desired: int
     why: str
+    #: As many of them have something to do, or are to be there whatever there is to do.
+    needed: int = 0
     arrival_rate: float | None = None
     service_rate: float | None = None
     #: How long a message takes: half of them take less.
@@ -164,6 +166,7 @@ def decide(pool: PoolSettings, seen: Observation, memory: Memory) -> tuple[Decis
     memory = replace(memory, needs=(*kept, (seen.now_s, need)))
     most_at_s, most = memory.needs[0]
     desired = max(pool.minimum, min(most, pool.maximum))
+    needed = max(pool.minimum, min(need, pool.maximum)) if seen.pinned is None else seen.pinned
     if seen.pinned is not None:
         why = f"set to {seen.pinned} by hand"
         if desired != seen.pinned:
@@ -182,6 +185,7 @@ def decide(pool: PoolSettings, seen: Observation, memory: Memory) -> tuple[Decis
         Decision(
             desired=desired,
             why=why,
+            needed=needed,
             arrival_rate=_rate(memory.arrived, memory),
             service_rate=_rate(memory.ended, memory),
             service_s=_median(memory.durations),
@@ -414,6 +418,7 @@ def allocate(
     pools: Mapping[str, PoolSettings],
     workers: Sequence[WorkerReport],
     *,
+    needed: Mapping[str, int] | None = None,
     before: Mapping[str, int] | None = None,
     pinned: Iterable[str] = (),
 ) -> Allocation:
@@ -421,14 +426,15 @@ def allocate(
 
     Who is at work keeps its processes first, then who was to have some (by `before`, the targets of the last time),
     then who has some; new ones go to whoever has the fewest. Where a host has too little memory, cores or GPUs for
-    all, pools get equal shares of what they are to have. Processes that are on their way out hold what they have until
+    all, pools get equal shares of what they are to have: first of what is `needed`, and then of what they keep in case
+    that more comes. Processes that are on their way out hold what they have until
     they are gone. `pools` has the pools of all workers.
 
     A worker with target 0 starts a process by itself when a message comes. That is for pools that have none: there,
     up to `max` workers may; where there is one already, or the size was set by hand (`pinned`), the others stand by,
     for one that wakes while others have nothing to do would be one too many.
     """
-    before, pinned = before or {}, frozenset(pinned)
+    needed, before, pinned = needed or desired, before or {}, frozenset(pinned)
     rooms: dict[str, _Room] = {}
     for worker in workers:
         room = rooms.setdefault(worker.host, _Room(host=worker.host))
@@ -447,7 +453,7 @@ def allocate(
     held_back: dict[str, str] = {}
     while waiting := [pool for pool in desired if sizes[pool] < desired[pool] and places[pool]]:
         # The pool that has the smallest share of what it is to have is next, so that none takes a host for itself.
-        pool = min(waiting, key=lambda pool: (sizes[pool] / desired[pool], pool))
+        pool = min(waiting, key=lambda pool: (sizes[pool] >= needed[pool], sizes[pool] / desired[pool], pool))
         _, name = heappop(places[pool])
         one = staying[name]
         lacks = rooms[one.host].lacks(pools[pool])
@@ -460,8 +466,8 @@ def allocate(
         if given[name] < one.ceiling:
             heappush(places[pool], (_rank(one, given[name], before.get(name)), name))
     for pool, lacks in list(held_back.items()):
-        if sizes[pool] < desired[pool]:
-            held_back[pool] = f"no room for {_count(desired[pool] - sizes[pool], 'more process')}, each with {lacks}"
+        if sizes[pool] < needed[pool]:
+            held_back[pool] = f"no room for {_count(needed[pool] - sizes[pool], 'more process')}, each with {lacks}"
         else:
             del held_back[pool]
     _wait_for_leavers(staying, pools, given, rooms, held_back)

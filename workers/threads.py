@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,11 @@ class Threads(BasePool):  # type: ignore[misc]  # celery has no types
         self._ended: deque[Callable[[], None]] = deque()
         self._futures: set[Future[None]] = set()
         self._hub: Any = None
+        #: Where threads say that one of them has ended. The hub has `call_soon` for that, but what its callbacks have
+        #: called soon in their turn, as acks are, waits there for the next timer.
+        self._told, self._tell_end = os.pipe()
+        for end in (self._told, self._tell_end):
+            os.set_blocking(end, False)
         numbers = itertools.count()
         self._executor = ThreadPoolExecutor(
             max_workers=self.slots.count, thread_name_prefix="step", initializer=lambda: type(self).begin(next(numbers))
@@ -125,6 +131,12 @@ class Threads(BasePool):  # type: ignore[misc]  # celery has no types
 
     def register_with_event_loop(self, loop: Any) -> None:
         self._hub = loop
+        loop.add_reader(self._told, self._on_ended)
+
+    def _on_ended(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._told, 4096)
+        self.maintain_pool()
 
     def on_apply(
         self,
@@ -166,7 +178,8 @@ class Threads(BasePool):  # type: ignore[misc]  # celery has no types
             except WorkerLostError:
                 tell = partial(error_callback, ExceptionInfo())
         self._ended.append(partial(self._end, tell))
-        self._hub.call_soon(self.maintain_pool)
+        with suppress(BlockingIOError):  # it is full of that
+            os.write(self._tell_end, b".")
 
     def _end(self, tell: Callable[[], None]) -> None:
         self._running -= 1

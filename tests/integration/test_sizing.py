@@ -393,6 +393,17 @@ def test_twenty_steps_that_wait_run_at_once_in_threads(threads: Place, tmp_path:
     wait_until(lambda: threads.told(worker).size == 0, "they are at rest")
 
 
+def test_a_thread_that_has_ended_takes_the_next_message_at_once(settings: Settings) -> None:
+    threads = make(settings, THREADS.replace("20", "1"))
+    threads.worker(1)
+    threads.run(step("a", "noop"))
+    began = time.monotonic()
+    for run in [threads.start(step("a", "noop")) for _ in range(60)]:
+        threads.end(run)
+    assert time.monotonic() - began < 4.0, "each was noticed by a timer, 0.1 s later"
+    threads.close()
+
+
 def test_what_threads_print_is_kept_apart(threads: Place) -> None:
     threads.worker(20)
     runs = [threads.start(step("a", "talk", with_={"name": f"t{n}"})) for n in range(8)]

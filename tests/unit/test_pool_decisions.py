@@ -313,6 +313,20 @@ def share(
     return dict(allocate({"p": desired}, {"p": pool}, workers, before=before).targets)
 
 
+def test_processes_that_are_kept_in_case_more_comes_make_room_for_a_pool_that_needs_it() -> None:
+    pools = {"p": PoolSettings(memory=10 * GB), "q": PoolSettings(memory=10 * GB)}
+    kept, waits = worker("p1", size=1), worker("q1", pool="q")
+    desired = {"p": 1, "q": 1}
+    first = allocate(desired, pools, [kept, waits], needed={"p": 0, "q": 1}, before={"p1": 1, "q1": STANDBY})
+    assert first.targets["p1"] <= 0, "it has nothing to do"
+    assert "p" not in first.held_back
+    second = allocate(desired, pools, [worker("p1"), waits], needed={"p": 0, "q": 1}, before=first.targets)
+    assert (second.targets["p1"], second.targets["q1"]) == (STANDBY, 1)
+    busy = worker("p1", size=1, in_work=[1.0])
+    third = allocate(desired, pools, [busy, waits], needed={"p": 1, "q": 1}, before={"p1": 1, "q1": STANDBY})
+    assert (third.targets["p1"], third.targets["q1"]) == (1, STANDBY), "what is at work is not interrupted"
+
+
 def test_new_processes_go_where_there_are_the_fewest() -> None:
     assert share(3, worker("a"), worker("b"), worker("c", size=1)) == {"a": 1, "b": 1, "c": 1}
 
