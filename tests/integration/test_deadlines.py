@@ -66,8 +66,10 @@ def stubborn(mark):
         except BaseException:
             pathlib.Path(mark).touch()
 
-def deaf():
+def deaf(mark=None):
     """Out of reach of the soft stop, as a long call into C is."""
+    if mark:
+        open(mark, "w").close()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     time.sleep(60)
 
@@ -307,13 +309,16 @@ def test_of_a_part_only_the_item_that_was_killed_has_failed(place: Place, tmp_pa
     assert fan_out.losses == 0
 
 
-def test_a_killed_step_is_recorded_when_the_ledger_is_back(settings: Settings, own_server: Server) -> None:
+def test_a_killed_step_is_recorded_when_the_ledger_is_back(
+    settings: Settings, own_server: Server, tmp_path: Path
+) -> None:
     apart = Engine(settings.evolve(ledger_url=own_server.url), patience_s=2.0)
     place = Place(apart.settings, apart)
     place.worker.start()
     try:
-        place.start(step("a", "deaf", timeout_s=1.5), step("b", "echo", "a", trigger_rule="all_done"))
-        wait_until(lambda: apart.ledger.client.zcard("orchestrator:{r}:leases"), "the step has begun")
+        deaf = step("a", "deaf", timeout_s=1.5, with_={"mark": str(tmp_path / "begun")})
+        place.start(deaf, step("b", "echo", "a", trigger_rule="all_done"))
+        wait_until((tmp_path / "begun").exists, "the function has begun")
         assert own_server.process is not None
         os.kill(own_server.process.pid, signal.SIGSTOP)
         try:
