@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from importlib.metadata import PackageNotFoundError, version
 
-import orchestrator
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import UnavailableError
 from orchestrator.pools import PoolKind, WorkerReport
+from orchestrator.releases import release
 from orchestrator.telemetry import get_logger
 from workers.machine import Machine
 from workers.sizing import Sizing
@@ -42,7 +41,7 @@ class Reporting:
         self._pool = pool
         self._kind = kind
         self._host = socket.gethostname()
-        self._version = _version()
+        self._version = release()
         self._started_ms = now_ms()
         self._report_at = 0.0
         self._untold_since: float | None = None
@@ -106,13 +105,3 @@ class Reporting:
             is_draining=self._slots.is_draining,
             fault=sizing.fault,
         )
-
-
-def _version() -> str:
-    own: str | None = getattr(orchestrator, "__version__", None)
-    if own is not None:
-        return own
-    try:
-        return version("orchestrator")
-    except PackageNotFoundError:
-        return ""

@@ -148,13 +148,15 @@ def _start(engine: Engine, *steps: Step) -> str:
     return "r"
 
 
-def test_a_message_is_not_lost_to_a_ledger_that_refuses(
-    apart: Engine, own_server: Server, start_worker: Callable[..., WorkerProcess]
-) -> None:
+def test_a_message_is_not_lost_to_a_ledger_that_refuses(apart: Engine, own_server: Server) -> None:
     run = _start(apart, step("a", with_={"value": 1}))
-    _refuse(own_server, refuses=True)
+    broker = redis.Redis.from_url(apart.settings.broker_url)
+    message = broker.rpop(queue_name("default"))
     worker = WorkerProcess(apart.settings).start()
     try:
+        wait_until(apart.pools.reports, "the worker has been heard of")
+        _refuse(own_server, refuses=True)
+        broker.lpush(queue_name("default"), message)
         wait_until(lambda: "step_waits" in worker.log.read_text(), "the message was taken")
         time.sleep(3)  # it is tried again
         _refuse(own_server, refuses=False)
