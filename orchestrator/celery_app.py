@@ -61,6 +61,14 @@ def broker_errors(app: Celery) -> tuple[type[Exception], ...]:
     return (KombuError, OSError, RedisError, *connection.connection_errors, *connection.channel_errors)
 
 
+def impatient_connection(app: Celery, timeout_s: float, *, heartbeat: int | None = None) -> Any:
+    """Return a kombu Connection for what may be lost: nothing on it waits for longer than that, nor to be confirmed."""
+    options: dict[str, Any] = {"confirm_publish": False, "read_timeout": timeout_s, "write_timeout": timeout_s}
+    if str(app.conf.broker_write_url).startswith("redis"):
+        options = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    return app.connection_for_write(connect_timeout=timeout_s, transport_options=options, heartbeat=heartbeat)
+
+
 @contextmanager
 def publishing(app: Celery) -> Iterator[Any]:
     """Give a kombu Producer. When publishing fails its connection is dropped, as one that may not answer any more.

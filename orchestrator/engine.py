@@ -212,6 +212,8 @@ class Engine:
                 raise NotFoundError(f"run {run} has no step {step!r}; it has {there}")
             case "no_item":
                 raise NotFoundError(f"step {step} of run {run} has no item {slot.partition('/')[2]}")
+            case "no_attempt":
+                raise NotFoundError(f"step {slot} of run {run} has no attempt {attempt}")
             case "early":
                 raise InputError(f"{slot} of run {run} is not there yet; cancel it when it is, or the whole run")
         self.publish(run, answer.publish)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
+from kombu import Producer
 from kombu.pidbox import Mailbox
 
 from orchestrator.audit import Audit
-from orchestrator.celery_app import broker_errors
+from orchestrator.celery_app import broker_errors, impatient_connection, publishing
 from orchestrator.engine import Engine, now_ms
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.runs import parse_task_id
@@ -28,7 +29,9 @@ log = get_logger(__name__)
 
 Command = Callable[..., Any]
 
-_PAUSE_S = 2.0
+#: How long a broker that is away is left alone, and how long it may take to answer.
+_PAUSE_S = 5.0
+_TIMEOUT_S = 1.0
 _HEARTBEAT_S = 10
 #: How long the broker keeps the mailbox of who is gone.
 _EXPIRES_S = 60.0
@@ -75,12 +78,18 @@ def _note(engine: Engine, run: str, slot: str, attempt: int) -> None:
             | {"about": {"attempt": attempt}},
             now_ms(),
         )
-        worker = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0]
-        if worker and engine.ledger.state_of(run, slot) == "cancelled":
-            with engine.app.events.default_dispatcher(hostname=worker, enabled=True) as dispatcher:
-                dispatcher.send(
-                    "task-revoked", uuid=task_id_of(run, slot, attempt), terminated=False, signum=None, expired=False
-                )
+        worker, ledger = engine.ledger.worker_of(run, slot, attempt).rpartition("/")[0], engine.ledger
+        if worker and (ledger.state_of(run, slot) == "cancelled" or ledger.child_of(run, slot)):
+            uuid = task_id_of(run, slot, attempt)
+            about = {"uuid": uuid, "terminated": False, "signum": None, "expired": False}
+            with publishing(engine.app) as producer:
+                tell = engine.app.events.Dispatcher
+                with tell(
+                    producer.connection, hostname=worker, channel=producer.channel, buffer_while_offline=False
+                ) as dispatcher:
+                    # SLEEPING and WAITING are above REVOKED in the order of states of Celery; RETRY is not.
+                    dispatcher.publish("task-retried", {"uuid": uuid}, producer)
+                    dispatcher.publish("task-revoked", about, producer)
     except away as exc:
         log.warning("revoke_not_noted", run=run, step=slot, error=str(exc))
 
@@ -91,6 +100,21 @@ class _Handlers(dict[str, Command]):
     def __missing__(self, method: str) -> Command:
         why = REFUSED.get(method, "no command that is known here")
         return lambda _state, **_arguments: {"error": f"{method}: {why}"}
+
+
+class _Producer(Producer):  # type: ignore[misc]  # kombu has no types
+    """Gives up at once where kombu would try again without end: who asked waits for a second."""
+
+    def publish(self, *args: Any, **options: Any) -> Any:
+        return super().publish(*args, **options | {"retry": False})
+
+
+class _Mailbox(Mailbox):  # type: ignore[misc]  # kombu has no types
+    """Answers on the connection that it listens on."""
+
+    @contextmanager
+    def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
+        yield _Producer(channel, auto_declare=False)
 
 
 class RemoteControl:
@@ -148,7 +172,7 @@ class RemoteControl:
         connection = None
         try:
             with self._guard:
-                connection = self._app.connection_for_read(heartbeat=_HEARTBEAT_S)
+                connection = impatient_connection(self._app, _TIMEOUT_S, heartbeat=_HEARTBEAT_S)
                 self._consume(connection)
             self._outage.ends()
             check_at = 0.0
@@ -168,7 +192,7 @@ class RemoteControl:
 
     def _consume(self, connection: Any) -> None:
         conf = self._app.conf
-        mailbox = Mailbox(
+        mailbox = _Mailbox(
             conf.control_exchange,
             type="fanout",
             connection=connection,

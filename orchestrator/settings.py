@@ -180,8 +180,10 @@ class Settings:
             return ""
         text = read_secret(self.monitor_auth).strip()
         user, _, password = text.partition(":")
-        if not user or not password or not text.isascii():
-            raise SettingsError(f"monitor_auth: what {self.monitor_auth} holds is not `user:password`")
+        if not user or not password or not (text.isascii() and text.isprintable()):
+            raise SettingsError(
+                f"monitor_auth: what {self.monitor_auth} holds is not `user:password`, one line of ASCII characters"
+            )
         return text
 
     @property
@@ -252,9 +254,13 @@ def read_secret(reference: str) -> str:
             raise SettingsError(f"secret {reference}: the environment has no variable {where}")
         return value
     try:
-        return Path(where).expanduser().read_text().rstrip("\n")
+        return Path(where).expanduser().read_text(encoding="utf-8").rstrip("\n")
     except OSError as exc:
         raise SettingsError(f"secret {reference}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"secret {reference}: it is not text in UTF-8") from exc
+    except (RuntimeError, ValueError) as exc:  # ~somebody who is not there; a zero byte
+        raise SettingsError(f"secret {reference}: it is no path") from exc
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -33,6 +33,7 @@ from workers.interrupts import SIGNAL, timeout_of
 from workers.slots import Slots, Stop, Work
 from workers.step import Identity
 from workers.task_events import StepEvents, Told
+from workers.usage import Usage, usage_of
 
 log = get_logger(__name__)
 
@@ -53,6 +54,7 @@ class _Stopping:
 class _Killed:
     work: Work
     reason: Stop
+    usage: Usage
 
 
 class Deadlines:
@@ -123,7 +125,8 @@ class Deadlines:
         if again is None or again.sequence != work.sequence or not again.deadline:
             children.let_go(work.pid)
             return
-        self._killed.append(_Killed(work, reason))
+        usage = usage_of(work.pid, work.since, self._slots.base_of(slot, work.sequence))
+        self._killed.append(_Killed(work, reason, usage))
         # The next child is to find nothing here: this was no loss.
         self._slots.clear(slot)
         log.warning("step_killed", pid=work.pid, run=work.run, step=work.slot, reason=reason.name.lower())
@@ -147,7 +150,7 @@ class Deadlines:
     def _record(self, killed: _Killed) -> None:
         work, result = killed.work, self._outcome(killed)
         answer = self._engine.ledger.complete(
-            work.run, _taken(work), result.state, tail=result.tail,
+            work.run, _taken(work), result.state, tail=result.tail + killed.usage.tail(), usage=killed.usage.totals(),
             how=How(self._identity.record(work.pid)), inline="", delay_ms=result.delay_ms,
         )  # fmt: skip
         if answer.verdict == "refused":
@@ -155,6 +158,7 @@ class Deadlines:
         if answer.verdict == "ok":
             workflow = self._engine.plan(self._engine.ledger.plan_of(work.run)).workflow.name
             self._engine.counters.add(field("steps", workflow=workflow, state=result.state))
+            killed.usage.count(self._engine.counters, workflow=workflow, pool=self._identity.pool)
             if self._events is not None:
                 since = time.time() - (time.monotonic() - work.since)
                 told = Told(run=work.run, workflow=workflow, slot=work.slot, attempt=work.attempt, since=since)

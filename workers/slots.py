@@ -36,8 +36,10 @@ _HEEDED_AT = 88
 _INTERRUPT, _INTERRUPT_AT = struct.Struct("<QQ"), 96
 #: By the parent: exit code (negative: the signal), whether memory was short, and the pid of the child that has ended.
 _EXIT, _EXIT_AT = struct.Struct("<qQQ"), 112
+#: By the child: seconds of processors that it had used when it began what runs, and for how long that had waited.
+_BASE, _BASE_AT = struct.Struct("<ddQ"), 136
 #: The ids of what runs.
-_TEXT_AT, _TEXT_END = 136, 1024
+_TEXT_AT, _TEXT_END = 160, 1024
 #: By the child: when its message began (monotonic; 0.0: it has none), and the pid of one that has done its number of
 #: steps. Over all children that this slot has had: seconds for which messages were in work, and how many ended in each
 #: bucket of MESSAGE_BOUNDS, and one beyond.
@@ -160,6 +162,11 @@ class Slots:
         """Note that the user's function has returned."""
         _CALL.pack_into(self._memory, _HEADER + slot * _SLOT + _CALL_AT, 0.0, 0)
 
+    def note_base(self, slot: int, cpu_s: float, queued_s: float) -> None:
+        """Note from where on what was written last is measured (usage.py)."""
+        base = _HEADER + slot * _SLOT
+        _BASE.pack_into(self._memory, base + _BASE_AT, cpu_s, queued_s, _NUMBER.unpack_from(self._memory, base)[0])
+
     def interrupt_of(self, slot: int, number: int) -> Stop | None:
         """Return why the parent wants what has this number to stop; None if it does not."""
         said = self._said(slot, _INTERRUPT, _INTERRUPT_AT, number)
@@ -234,6 +241,11 @@ class Slots:
         """Return how the child `pid`, which ran in this slot, has ended; None if that is not known (yet)."""
         said = self._said(slot, _EXIT, _EXIT_AT, pid)
         return None if said is None else Exit(said[0], bool(said[1]))
+
+    def base_of(self, slot: int, number: int) -> tuple[float, float] | None:
+        """Return from where on what has this number is measured: (CPU seconds until then, its wait); None: unknown."""
+        said = self._said(slot, _BASE, _BASE_AT, number)
+        return None if said is None else (said[0], said[1])
 
     def read(self, slot: int) -> Work | None:
         """Return what a child runs; None if nothing, or if it is being written right now."""

@@ -130,6 +130,11 @@ class Identity:
     worker: str
     code: str
 
+    @property
+    def pool(self) -> str:
+        """The pool of the worker: its name begins with it."""
+        return self.worker.partition("@")[0]
+
     def record(self, pid: int) -> str:
         """Return the opening of the records of attempts that the child `pid` makes (ledger.How)."""
         return json.dumps({"worker": f"{self.worker}/{pid}", "code": self.code})[:-1]
@@ -379,7 +384,9 @@ class StepRunner:
             step=taken.slot, attempt=taken.attempt, pool=self._pool,
         ):  # fmt: skip
             try:
-                self._meter.start(queued_s)
+                cpu_s = self._meter.start(queued_s)
+                if self._slots is not None:
+                    self._slots.note_base(self._slot, cpu_s, queued_s)
                 return self._attempt(info, taken, step, captured, names, inputs, links)
             except UnavailableError:
                 raise
@@ -469,9 +476,7 @@ class StepRunner:
         if state in _COUNTED and answer.verdict == "ok":
             counters, workflow = self._engine.counters, info.plan.workflow.name
             counters.add(counter("steps", workflow=workflow, state=state))
-            counters.observe("step_seconds", usage.wall_s, pool=self._pool)
-            counters.add(counter("cpu_seconds", workflow=workflow, pool=self._pool), usage.cpu_s)
-            counters.add(counter("gb_seconds", workflow=workflow, pool=self._pool), usage.gb_s)
+            usage.count(counters, workflow=workflow, pool=self._pool)
         self._tell_end(told, state, answer, error=error)
         return answer
 

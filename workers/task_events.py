@@ -29,7 +29,7 @@ from celery.utils.time import utcoffset
 from celery.worker.state import SOFTWARE_INFO
 from kombu import Producer
 
-from orchestrator.celery_app import broker_errors
+from orchestrator.celery_app import broker_errors, impatient_connection
 from orchestrator.ledger import Taken
 from orchestrator.runs import StepError, task_id
 from orchestrator.service import Service
@@ -51,8 +51,8 @@ _MOST_EVENTS = 4000
 _LINE_BYTES = 4096
 _ERROR_CHARACTERS = 300
 #: How long a broker that is away is left alone, and how long it may take to answer.
-_PAUSE_S = 2.0
-_TIMEOUT_S = 2.0
+_PAUSE_S = 5.0
+_TIMEOUT_S = 1.0
 
 #: State of an attempt in the ledger -> what Celery's tools call its event. Those of Celery's that fit; where none does,
 #: tools show the name itself (SKIPPED, SLEEPING, WAITING).
@@ -290,11 +290,7 @@ class Monitoring:
             self._paused_until = time.monotonic() + _PAUSE_S
 
     def _connect(self) -> None:
-        # One of its own, with little patience; nothing waits for a confirmation of what may be lost.
-        options = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S, "confirm_publish": False}
-        self._connection = self._app.connection_for_write(
-            connect_timeout=_TIMEOUT_S, transport_options={**self._app.conf.broker_transport_options, **options}
-        )
+        self._connection = impatient_connection(self._app, _TIMEOUT_S)
         self._producer = Producer(self._connection.channel(), auto_declare=False)
         self._exchange = get_exchange(self._connection, name=self._app.conf.event_exchange)
 

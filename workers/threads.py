@@ -193,10 +193,11 @@ class Threads(BasePool):  # type: ignore[misc]  # celery has no types
         while self._futures:
             wait(tuple(self._futures), timeout=_TEND_S)
             self._hub.fire_timers()
-            self._tell()
-        self._tell()
+            self._acknowledge()
+        if self._hub is not None:  # it was told to stop before it had begun
+            self._acknowledge()
 
-    def _tell(self) -> None:
+    def _acknowledge(self) -> None:
         self.maintain_pool()
         _run_ready_callbacks(self._hub)
 

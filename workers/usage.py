@@ -3,6 +3,8 @@
 Linux keeps the peak of a process's memory and lets it be set back (proc(5), clear_refs: 5), which makes it the peak of
 an attempt. Elsewhere it is that of the process so far. Programs that a step has started and waited for count with their
 processor time, not with their memory. In a pool of threads nobody can tell whose memory it is.
+
+An attempt whose process is to be killed is measured by its parent, from what Linux tells of a process.
 """
 
 from __future__ import annotations
@@ -14,6 +16,10 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.counters import Counters
+from orchestrator.counters import field as counter
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -44,6 +50,12 @@ class Usage:
         """Return what is added up: microseconds on the clock and of processors, and megabyte-milliseconds."""
         return round(self.wall_s * 1e6), round(self.cpu_s * 1e6), round(self.gb_s * 1e6)
 
+    def count(self, counters: Counters, *, workflow: str, pool: str) -> None:
+        """Add it to the metrics."""
+        counters.observe("step_seconds", self.wall_s, pool=pool)
+        counters.add(counter("cpu_seconds", workflow=workflow, pool=pool), self.cpu_s)
+        counters.add(counter("gb_seconds", workflow=workflow, pool=pool), self.gb_s)
+
 
 class Meter:
     """Measures one attempt after the other, in a process that runs one at a time, or in one thread of several."""
@@ -53,13 +65,14 @@ class Meter:
         self._clear = None if self._is_thread else _open_clear_refs()
         self._cpu_s, self._since, self._queued_s = 0.0, 0.0, 0.0
 
-    def start(self, queued_s: float) -> None:
-        """Begin, with what has waited for so long."""
+    def start(self, queued_s: float) -> float:
+        """Begin, with what has waited for so long; returns the CPU seconds that were used before."""
         if self._clear is not None:
             with suppress(OSError):
                 os.pwrite(self._clear, b"5", 0)
         self._queued_s = max(0.0, queued_s)
         self._cpu_s, self._since = self._cpu()[0], time.monotonic()
+        return self._cpu_s
 
     def stop(self) -> Usage:
         """Return what was taken since the start."""
@@ -77,6 +90,24 @@ class Meter:
         own = resource.getrusage(resource.RUSAGE_SELF)
         others = resource.getrusage(resource.RUSAGE_CHILDREN)
         return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime, own.ru_maxrss * _RSS_UNIT
+
+
+def usage_of(pid: int, since: float, base: tuple[float, float] | None) -> Usage:
+    """Return what the attempt that the process `pid` runs has taken; `base` is as of Slots.base_of."""
+    before_s, queued_s = base or (0.0, 0.0)
+    cpu_s, memory = 0.0, None
+    with suppress(OSError, ValueError, IndexError):  # it is gone, or this is not Linux
+        # Behind the name, which may hold anything, comes field 3; 14 to 17 are its time, and that of its children.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        cpu_s = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+        memory = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return Usage(
+        wall_s=max(0.0, time.monotonic() - since),
+        cpu_s=max(0.0, cpu_s - before_s) if base else 0.0,
+        memory=memory,
+        queued_s=queued_s,
+    )
 
 
 def _open_clear_refs() -> int | None:

@@ -19,6 +19,7 @@ from orchestrator.engine import Engine
 from orchestrator.errors import OrchestratorError, UnavailableError
 from orchestrator.health_file import HealthFile
 from orchestrator.ledger.ledger import RENEW_S
+from orchestrator.pools import PoolKind
 from orchestrator.service import Service
 from orchestrator.telemetry import Outage, get_logger
 from workers import children
@@ -45,6 +46,7 @@ class Watch:
         slots: Slots,
         identity: Identity,
         *,
+        kind: PoolKind = PoolKind.PREFORK,
         reporting: Reporting | None = None,
         up_pid: int | None = None,
         events: StepEvents | None = None,
@@ -52,6 +54,7 @@ class Watch:
         self._engine = engine
         self._slots = slots
         self._identity = identity
+        self._kind = kind
         self._reporting = reporting
         self._up_pid = up_pid
         self._health = HealthFile(engine.settings.health_file)
@@ -160,7 +163,7 @@ class Watch:
                 self._gone.add((work.pid, work.fence))
             else:
                 log.error("step_was_taken_over", pid=work.pid, run=work.run, unit=work.unit)
-                if work.pid != os.getpid():  # a thread cannot be ended; its outcome is not kept
+                if self._kind is PoolKind.PREFORK:  # a thread cannot be ended; its outcome is not kept
                     os.kill(work.pid, signal.SIGKILL)
         return bool(self._gone)
 

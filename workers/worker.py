@@ -38,6 +38,9 @@ from workers.watch import Watch, forking, give_up
 
 log = get_logger(__name__)
 
+#: How long a child may take until it is ready.
+_READY_S = 30.0
+
 
 def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None, up_pid: int | None = None) -> int:
     """Run the worker of a pool until it is told to stop (SIGTERM, SIGINT); returns its exit code. Blocks.
@@ -69,7 +72,7 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         engine = Engine(settings, app=app, patience_s=2.0, timeout_s=2.0)
         sizing = Sizing(wanted, ceiling, slots)
         reporting = Reporting(engine, slots, sizing, identity, pool=pool, kind=wanted.kind)
-        watch = Watch(engine, slots, identity, reporting=reporting, up_pid=up_pid, events=events)
+        watch = Watch(engine, slots, identity, kind=wanted.kind, reporting=reporting, up_pid=up_pid, events=events)
         monitoring = Monitoring(app, slots, pipe, identity.worker, publishing=forking)
         control = RemoteControl(
             engine,
@@ -91,6 +94,8 @@ def run_worker(settings: Settings, pool: str, *, concurrency: int | None = None,
         app.steps["worker"].add(_watch_step(parts, slots))
         app.conf.worker_consumer = partial(Consumer, engine.ledger)
         app.conf.worker_autoscaler = sizing.attach
+        # Celery kills a child that is not ready by then, and on a machine with much to do it may be slow.
+        app.conf.worker_proc_alive_timeout = _READY_S
         worker = app.Worker(
             hostname=identity.worker,
             pool=pool_class,

@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 #: How often it says that somebody watches.
 _SAY_S = 5.0
-#: How many steps Flower keeps in memory (about 2 KB each), and how long it shows workers that are gone.
+#: How many steps Flower keeps in memory (about 7 KB each), and how long it shows workers that are gone.
 _STEPS = 20_000
 _GONE_WORKERS_S = 300
 _READS = ("GET", "HEAD", "OPTIONS")

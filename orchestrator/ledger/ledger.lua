@@ -767,7 +767,7 @@ end
 
 -- cancel_step: slot, attempt that is meant or 0. Cancels one step, with its items or its nested run, or one item;
 -- the rest of the run goes on. Verdicts: ok; done: it has ended, or is to stop already, or that attempt is over;
--- unknown: no such run; no_step, no_item; early: a hook whose time has not come, or items that are not there yet.
+-- unknown: no such run; no_step, no_item, no_attempt; early: a hook whose time has not come, or items that are not there yet.
 function verbs.cancel_step()
   local slot, attempt = ARGV[2], tonumber(ARGV[3])
   if call('EXISTS', RUN) == 0 then return { 'unknown' } end
@@ -785,6 +785,7 @@ function verbs.cancel_step()
   local made = tonumber(call('HGET', ATTEMPTS, slot .. '#a') or 0)
   if call('HEXISTS', ATTEMPTS, slot .. '@' .. (made + 1)) == 1 then made = made + 1 end
   if attempt > 0 and attempt < made then return { 'done' } end
+  if attempt > made + 1 then return { 'no_attempt' } end
   local ready, busy = {}, in_work()
   if index or not n then
     cancel_slot(slot, busy, ready)

@@ -442,7 +442,7 @@ class Ledger:
         What is not at work ends at once, as cancelled, and what is downstream of it as if it had failed; what is at
         work is told to stop. The rest of the run goes on. With `attempt`, one that is over is left as it is.
         Verdicts: ok, done (it has ended, or is being cancelled already), unknown (no such run), no_step, no_item,
-        early (a hook, or an item of a fan-out, that is not there yet).
+        no_attempt, early (a hook, or an item of a fan-out, that is not there yet).
         """
         answer = self._call(run, "cancel_step", slot, attempt)
         if answer[0] == "ok":

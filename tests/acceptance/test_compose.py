@@ -280,7 +280,7 @@ def test_kills_of_a_worker_and_of_the_gateway_lose_nothing_and_repeat_nothing(co
             and all((run := _ended(compose, path)) and run["state"] == "succeeded" for path in paths)
         )
 
-    wait_until(is_over, f"all that was accepted has been done, once:\n{compose.logs()}", 180)
+    wait_until(is_over, f"all that was accepted has been done, once:\n{compose.logs()}", 300)
     assert compose.ask("dead-letters", "list")["items"] == []
 
 

@@ -297,8 +297,10 @@ def test_what_a_killed_worker_had_is_started_again(scene: Scene, tell: Callable[
     runs = ["r1", "r2"]
     first = scene.worker()
     if had == "fetched":
-        scene.flush()
-        scene.wait_depth(0, 0)  # the worker is there, and has its hands free
+        scene.start("before1", "before2")  # so that it has both of its children
+        for pid in [scene.call(run).pid for run in ("before1", "before2")]:
+            scene.open(pid)
+        scene.wait_depth(0, 0)  # and its hands free
         first.signal(signal.SIGSTOP, children_only=True)
     scene.start(*runs)
     scene.wait_depth(0, 2)

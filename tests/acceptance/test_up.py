@@ -17,7 +17,9 @@ import pytest
 import redis
 
 from orchestrator.cli import up as supervisor
+from orchestrator.cli.access import engine_of
 from orchestrator.embedded import EmbeddedServer
+from orchestrator.operations import start_run
 from orchestrator.settings import Settings
 from tests.acceptance.conftest import Up
 from tests.conftest import Server, command, environment, wait_until
@@ -216,10 +218,8 @@ def test_sigterm_lets_a_step_finish_and_the_run_goes_on_at_the_next_start(up: Up
 
 def test_what_was_taken_and_not_begun_is_given_back_on_sigterm(up: Up, tmp_path: Path) -> None:
     records = [tmp_path / f"record{n}" for n in range(5)]
-    runs = [
-        up.ask("run", "slow", "--input", json.dumps({"record": str(record), "seconds": 6})).strip()
-        for record in records
-    ]
+    with engine_of(Settings.load(up.project, environ={})) as engine:  # all at once
+        runs = [start_run(engine, "slow", {"record": str(record), "seconds": 6})[0] for record in records]
 
     def begun() -> list[Path]:
         return [record for record in records if record.exists()]

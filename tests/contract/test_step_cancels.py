@@ -269,6 +269,17 @@ def test_what_is_not_there_is_said_to_be(engine: Engine, slot: str, kind: type[E
         engine.cancel_step("r", slot)
 
 
+def test_an_attempt_that_nobody_will_make_next_is_not_there(engine: Engine, ledger: Ledger) -> None:
+    start(engine, "r", step("a"), step("b"))
+    do(engine, "r", "b", "retrying", delay_ms=60_000)
+    for slot, attempt in (("a", 2), ("b", 3)):
+        with pytest.raises(NotFoundError, match=f"step {slot} of run r has no attempt {attempt}"):
+            engine.cancel_step("r", slot, attempt)
+    assert engine.cancel_step("r", "a", 1) is True
+    assert engine.cancel_step("r", "b", 2) is True
+    assert states(ledger, "r") == {"a": "cancelled", "b": "cancelled", END: "queued"}
+
+
 def test_an_item_beyond_the_last_is_not_there(engine: Engine) -> None:
     start(engine, "r", step("f", foreach=[1]))
     expand(engine, "r", "f", 1)

@@ -71,6 +71,17 @@ def deaf():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     time.sleep(60)
 
+def spin(cpu_s):
+    until = time.process_time() + cpu_s
+    while time.process_time() < until:
+        pass
+
+def weigh(megabytes, cpu_s, **_):
+    held = bytearray(megabytes * 1_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    spin(cpu_s)
+    deaf()
+
 def backtrack():
     import re
     return bool(re.match("(a*)*b", "a" * 40))
@@ -257,6 +268,23 @@ def test_a_step_that_does_not_listen_is_killed_and_the_rest_goes_on(place: Place
     assert states(run) == {"a": "failed", "b": "succeeded"}
     assert (run.steps[0].attempts, run.steps[0].losses) == (1, 0)
     assert "child_lost" not in place.log()
+
+
+def test_a_step_that_is_killed_costs_what_it_took_until_then(place: Place) -> None:
+    """Its parent measures it: not what the process has used before."""
+    run = place.run(
+        step("before", "spin", with_={"cpu_s": 0.6}),
+        step("a", "weigh", "before", with_={"megabytes": 200, "cpu_s": 0.3}, timeout_s=1.5),
+    )
+    assert "killed" in error_of(run)["message"]
+    usage, cost = run.steps[1].usage, run.steps[1].cost
+    assert usage is not None
+    assert cost is not None
+    assert 2.5 <= usage["wall_s"] < 20
+    assert 0.25 <= usage["cpu_s"] < 0.85
+    assert 200e6 <= usage["memory"] < 1e9
+    assert cost["wall_s"] == pytest.approx(usage["wall_s"], abs=0.001)
+    assert cost["gb_s"] == pytest.approx(usage["memory"] * usage["wall_s"] / 1e9, abs=0.001)
 
 
 def test_of_a_part_only_the_item_that_was_killed_has_failed(place: Place, tmp_path: Path) -> None:

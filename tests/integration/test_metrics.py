@@ -127,7 +127,18 @@ def test_health_is_open_and_answers_no_more_than_it_should(health: str) -> None:
 
 
 def test_metrics_cost_the_same_with_100000_runs(health: str, engine: Engine) -> None:
+    def least_s() -> float:
+        took = []
+        for _ in range(10):
+            began = time.monotonic()
+            assert httpx.get(f"{health}/metrics").status_code == 200
+            took.append(time.monotonic() - began)
+        return min(took)
+
     client = engine.ledger.client
+    for n in range(200):
+        client.hincrby(keys.COUNTERS, field("runs", workflow=f"w{n}", state="succeeded"), n + 1)
+    without = least_s()
     for lo in range(0, 100_000, 10_000):
         names = {f"{n:024x}": float(n) for n in range(lo, lo + 10_000)}
         with client.pipeline(transaction=False) as pipe:
@@ -136,15 +147,8 @@ def test_metrics_cost_the_same_with_100000_runs(health: str, engine: Engine) -> 
             for name in names:
                 pipe.hset(keys.run_key(name, "run"), mapping={"workflow": "w", "state": "running"})
             pipe.execute()
-    for n in range(200):
-        client.hincrby(keys.COUNTERS, field("runs", workflow=f"w{n}", state="succeeded"), n + 1)
     assert reader(health)("orchestrator_runs_in_flight") == 100_000
-    took = []
-    for _ in range(5):
-        began = time.monotonic()
-        assert httpx.get(f"{health}/metrics").status_code == 200
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.25
+    assert least_s() < 4 * without  # to read them all would take a hundred times as long
 
 
 def test_a_counter_of_any_labels_is_read_back() -> None:

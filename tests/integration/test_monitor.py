@@ -20,6 +20,7 @@ from orchestrator.audit import Audit
 from orchestrator.errors import SettingsError
 from orchestrator.expressions import parse
 from orchestrator.ledger import keys
+from orchestrator.plan import Plan
 from orchestrator.retries import RetryPolicy
 from orchestrator.runs import task_id
 from orchestrator.settings import Settings
@@ -221,6 +222,19 @@ def test_a_step_that_waits_for_its_next_attempt_is_revoked_at_once(
     monitor.client.post(f"/api/task/revoke/{task_id(run, 'a', 1)}")
     assert shop.end(run).steps[0].state == "cancelled"
     wait_until(lambda: monitor.states(run) == {"a:1": "REVOKED"}, "it is shown as revoked")
+
+
+def test_a_step_that_sleeps_or_waits_for_a_nested_run_is_revoked(
+    shop: Place, monitor: MonitorProcess, worker: WorkerProcess
+) -> None:
+    long = Step(id="long", task="tasks:stamp", with_={"record": "/dev/null", "name": "n", "seconds": 120})
+    shop.engine.ledger.publish_workflows([Plan.of(Workflow(name="inner", steps=(long,)))])
+    run = shop.start(Workflow(name="w", steps=(Step(id="nap", sleep="1h"), Step(id="nested", workflow="inner"))))
+    wait_until(lambda: monitor.states(run) == {"nap:1": "SLEEPING", "nested:1": "WAITING"}, "both wait")
+    for step in ("nap", "nested"):
+        monitor.client.post(f"/api/task/revoke/{task_id(run, step, 1)}")
+    assert [one.state for one in shop.end(run).steps] == ["cancelled", "cancelled"]
+    wait_until(lambda: set(monitor.states(run).values()) == {"REVOKED"}, "they are shown as revoked")
 
 
 def test_a_revoke_is_carried_out_when_no_worker_is_up(

@@ -319,8 +319,8 @@ def test_steps_that_kill_their_process_do_not_end_the_worker(place: Place) -> No
 
 def test_a_worker_that_is_told_to_stop_says_so_finishes_and_withdraws(place: Place, tmp_path: Path) -> None:
     worker = place.worker()
-    run = place.start(step("a", "wait_for", with_={"path": str(tmp_path / "go")}))
-    wait_until(lambda: place.told(worker).in_work, "it is at work")
+    run = place.start(step("a", "wait_for", with_={"path": str(tmp_path / "go"), "mark": str(tmp_path / "begun")}))
+    wait_until((tmp_path / "begun").exists, "it is at work")
     assert worker.process is not None
     worker.process.terminate()
     wait_until(lambda: place.told(worker).is_draining, "it says that it drains")
@@ -428,11 +428,10 @@ def test_a_fault_in_one_thread_does_not_end_the_others(threads: Place, tmp_path:
 
 def test_threads_that_are_told_to_stop_finish_what_they_have(threads: Place, tmp_path: Path) -> None:
     worker = threads.worker(20)
-    runs = [
-        threads.start(step("a", "wait_for", with_={"path": str(tmp_path / "go")}), stamped(threads, "b", "a"))
-        for _ in range(5)
-    ]
-    wait_until(lambda: len(threads.told(worker).in_work) == 5, "they are at work")
+    marks = [tmp_path / f"begun-{n}" for n in range(5)]
+    given = [{"path": str(tmp_path / "go"), "mark": str(mark)} for mark in marks]
+    runs = [threads.start(step("a", "wait_for", with_=one), stamped(threads, "b", "a")) for one in given]
+    wait_until(lambda: all(mark.exists() for mark in marks), "they are at work")
     assert worker.process is not None
     worker.process.terminate()
     wait_until(lambda: threads.told(worker).is_draining, "it says that it drains")
@@ -506,5 +505,6 @@ def test_each_of_two_thousand_steps_is_run_once_while_processes_come_and_go(sett
         assert set(attempts(place.end(run)).values()) == {(1, 0)}
     assert len(sizes) > 3, sizes
     for worker in workers:
-        assert "child_lost" not in worker.log.read_text()
+        for trouble in ("child_lost", "process_failed_to_start", "Timed out waiting", "step_was_taken_over"):
+            assert trouble not in worker.log.read_text()
     place.close()

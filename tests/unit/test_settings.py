@@ -184,6 +184,24 @@ def test_secrets_are_read_by_reference(tmp_path: Path, monkeypatch: pytest.Monke
         read_secret("env:NOT_THERE")
     with pytest.raises(SettingsError, match="No such file"):
         read_secret(f"file:{tmp_path / 'no'}")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="it is not text in UTF-8"):
+        read_secret(f"file:{tmp_path / 'bytes'}")
+    for path in ("~nobody-of-that-name/x", "a\0b"):
+        with pytest.raises(SettingsError, match="it is no path"):
+            read_secret(f"file:{path}")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ann", "ann:", ":secret", "ann:s\u00e9cret", "ann:secret\nbob:secret", "ann:a\tb"]
+)
+def test_a_password_that_nobody_could_give_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("MONITOR", text)
+    settings = Settings.load(tmp_path, environ={}, monitor_auth="env:MONITOR")
+    with pytest.raises(SettingsError, match="env:MONITOR holds is not `user:password`, one line of ASCII"):
+        settings.read_monitor_auth()
 
 
 def test_a_dsn_is_read_where_it_is_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,3 +168,15 @@ def test_whether_somebody_watches_is_told_to_all_children() -> None:
     assert slots.is_monitored
     assert not slots.is_draining
     slots.close()
+
+
+def test_from_where_on_is_measured_is_known_of_what_was_written_last_alone() -> None:
+    slots = Slots(1)
+    note(slots)
+    first = read(slots).sequence
+    assert slots.base_of(0, first) is None
+    slots.note_base(0, 1.5, 0.25)
+    assert slots.base_of(0, first) == (1.5, 0.25)
+    note(slots)
+    assert slots.base_of(0, read(slots).sequence) is None
+    slots.close()
