@@ -69,8 +69,10 @@ class Sizes:
             names = [pool["name"] for pool in pools]
             raise NotFoundError(f"{unknown('pool', name, names)} (there are: {', '.join(names)})")
         targets = self._engine.pools.targets()
-        workers = [one for one in self._engine.pools.reports() if one.pool == name]
-        return found | {"members": [_shown_worker(one, targets.get(one.worker)) for one in workers]}
+        workers, now_ms = self._engine.pools.reports(), self._engine.ledger.now_ms()
+        return found | {
+            "members": [_shown_worker(one, targets.get(one.worker), now_ms) for one in workers if one.pool == name]
+        }
 
     def scale(self, name: str, size: int | None) -> dict[str, Any]:
         """Set the size of a pool by hand, or, with None, have the autoscaler decide again; idempotent.
@@ -125,7 +127,9 @@ class Sizes:
         }
 
 
-def _shown_worker(report: WorkerReport, target: int | None) -> dict[str, Any]:
+def _shown_worker(report: WorkerReport, target: int | None, now_ms: int) -> dict[str, Any]:
+    silent_ms = now_ms - report.seen_ms
+    silence = f"not heard of for {silent_ms // 1000} s" if silent_ms >= WORKER_GONE_MS else ""
     return {
         "worker": report.worker,
         "host": report.host,
@@ -140,7 +144,7 @@ def _shown_worker(report: WorkerReport, target: int | None) -> dict[str, Any]:
         "is_draining": report.is_draining,
         "started_at": rfc3339(report.started_ms) if report.started_ms else None,
         "seen_at": rfc3339(report.seen_ms) if report.seen_ms else None,
-        "fault": report.fault,
+        "fault": silence or report.fault,
     }
 
 

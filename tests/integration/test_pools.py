@@ -98,6 +98,12 @@ def test_a_pool_that_has_only_messages_is_seen(settings: Settings, engine: Engin
     assert lonely["oldest_age_s"] >= 0
 
 
+def test_a_worker_that_nobody_has_heard_of_lately_is_shown_as_such(settings: Settings, engine: Engine) -> None:
+    report(engine, seen_ms=engine.ledger.now_ms() - 45_000)
+    [one] = json.loads(cli(settings, "show", "p", "--json"))["members"]
+    assert re.match(r"not heard of for \d\d s", one["fault"])
+
+
 def test_a_pool_is_scaled_by_hand_and_shown_with_its_workers(settings: Settings, engine: Engine) -> None:
     report(engine)
     decide(engine)
