@@ -23,7 +23,7 @@ test: $(BIN)/.installed ## Run the tests (under 10 minutes on two cores)
 	$(PYTEST) -n auto
 
 acceptance: $(BIN)/.installed ## Run the long tests with many real processes (up to 40 minutes)
-	$(PYTEST) tests/acceptance --timeout 1200
+	$(PYTEST) tests/acceptance --timeout 1200 -n 2 --dist loadfile
 
 KILLS ?= 1000
 MINUTES ?= 60
