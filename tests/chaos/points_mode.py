@@ -28,9 +28,10 @@ from tests.chaos.report import Report, console
 from tests.chaos.sources import Sources
 from tests.chaos.workload import RECORD, TRIGGERED, Expected, write_project
 
-#: The run has ended after this, and its next step has begun after that: 15 s by guarantee G5, and what a process that
-#: is started again takes on a busy machine.
+#: A run that has not gone on for so long is stuck.
 _END_S = 90.0
+#: Its next step has begun after this: 15 s by guarantee G5, and what a process that is started again takes on a busy
+#: machine.
 NEXT_S = 20.0
 #: What a process has taken off an SQS queue comes back after this, besides.
 _TAKEN_S = {"object": 15.0, "removed": 15.0, "queued": 60.0}
@@ -168,15 +169,29 @@ class _Place:
     def _wait_for_strikes(self) -> None:
         _until(lambda: len(record.read_harms(self._work / "harms.jsonl")) >= len(self._scenario.strikes), _LATER_S)
 
+    def _wait_for_end(self, load: Load) -> float | None:
+        """Wait until nothing is in flight and return when that was; None if nothing has gone on for too long."""
+        seen, since = -1, time.monotonic()
+        while True:
+            load.refresh()
+            now, size = time.monotonic(), (self._work / "record").stat().st_size
+            if not load.in_flight:
+                return now
+            if size != seen:
+                seen, since = size, now
+            elif now - since > _END_S:
+                return None
+            time.sleep(0.05)
+
     def _judge(self, load: Load) -> dict[str, Any]:
         faults: dict[str, list[str]] = {}
         self._begin(load)
-        ended = _until(lambda: (load.refresh(), not load.in_flight)[1], _END_S)
+        ended = self._wait_for_end(load)
         self._wait_for_strikes()  # what is no part of the run may come a moment later
         harms = record.read_harms(self._work / "harms.jsonl")
         bodies = record.parse((self._work / "record").read_text().splitlines())
         if ended is None:
-            faults["progress"] = [f"the run has not ended within {_END_S:g} s"]
+            faults["progress"] = [f"the run has not gone on for {_END_S:g} s"]
             state = checks.state_of(load.engine, load.open)
             (self._work / "stuck.json").write_text(json.dumps(state, indent=1))
         if len(harms) != len(self._scenario.strikes):
